@@ -1,0 +1,75 @@
+# make            what there is to do
+# make demo       on a fresh machine: sets up .venv first, with the CPU build of torch
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The release that the figures in the documentation were measured with; TORCH=2.14.1 tries another.
+TORCH ?= 2.13.0
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: help demo test lint types wheel-test bench setup clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.run ## a tiny Step-3 reads digits, its attention on one backend and its FFN on another
+	@$(BIN)/python examples/digits_demo.py
+
+test: $(VENV)/.dev ## the whole test suite; PYTEST_ARGS="-k config" for a part
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## mypy --strict over the package
+	@$(BIN)/mypy -p step3_hetero
+
+wheel-test: $(VENV)/.dev ## build the wheel, install it away from the repository, run it there
+	@$(BIN)/python -m pytest -m wheel tests/test_packaging.py
+
+bench: $(VENV)/.dev ## time the backends on this machine
+	@$(BIN)/python -m bench
+
+setup: $(VENV)/.dev ## only set up .venv
+
+clean: ## remove .venv and everything built
+	@rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# One empty file for each finished step of the setup; pip runs again when pyproject.toml changes.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { found=$$($(PYTHON) --version 2>/dev/null) || found="not on this machine"; \
+	    echo "$(PYTHON) is $$found; Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; \
+	    exit 1; }
+	@echo "setting up $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# PyPI's torch for x86 Linux brings gigabytes of CUDA libraries. The CPU build has a version of its
+# own: from a folder that pip knows, else from PyTorch's index, else PyPI's after all.
+$(VENV)/.torch-$(TORCH): $(VENV)/.created
+	@echo "installing torch $(TORCH)"
+	@$(PIP) install "torch==$(TORCH)+cpu" 2>$(VENV)/torch.log || \
+	  $(PIP) install --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) "torch==$(TORCH)+cpu" 2>>$(VENV)/torch.log || \
+	  { echo "no CPU build of torch $(TORCH) at hand (see $(VENV)/torch.log): taking the default build"; \
+	    $(PIP) install "torch==$(TORCH)"; }
+	@touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.torch-$(TORCH)
+	@echo "installing step3-hetero"
+	@$(PIP) install --editable '.[cpu]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.run
+	@echo "installing what tests and checks need"
+	@$(PIP) install --editable '.[cpu,dev]'
+	@touch $@

@@ -1,0 +1,104 @@
+"""Matrix products over weights packed once, at load. See ``reference.linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step3_hetero.backend import Weights
+from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
+from step3_hetero.backends.torch_common.weights import dense, digest_of
+from step3_hetero.specs import HostTensor
+
+
+@cache
+def native_bf16() -> bool:
+    """Say whether oneDNN multiplies bfloat16 on this processor (AVX-512 or AVX-NE-CONVERT)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Matrix:
+    """One matrix with its bias, ready to multiply from the right: x·Wᵀ + b in the dtype of x.
+
+    ``packed`` is oneDNN's own layout. Where the processor has no bfloat16 products the weights are
+    held in float32 and so are the products: bfloat16 GEMM in plain code is ten times slower.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        held = dtype if dtype != torch.bfloat16 or native_bf16() else torch.float32
+        self.dtype = held
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(held).contiguous(), None)
+        self.bias = None if bias is None else bias.to(held)
+        self.nbytes = weight.numel() * held.itemsize
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply; the result has the dtype in which the weights are held."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.packed, self.bias, "none", [], ""
+        )
+        return y
+
+
+@dataclass
+class LinearWeights(Weights):
+    """One matrix, several of the checkpoint's side by side."""
+
+    matrix: Matrix
+    dtype: torch.dtype
+    digest: str
+    method: str
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x·Wᵀ + b in the dtype the weights were prepared for."""
+        return self.matrix(x).to(self.dtype)
+
+
+def prepare_linear(tensors: Mapping[str, HostTensor], out_dtype: str) -> LinearWeights:
+    """Join the matrices and pack them once.
+
+    A result wider than the activations (the router's) needs weights just as wide.
+    """
+    dtype = TORCH_DTYPE[out_dtype]
+    bias = dense(tensors["bias"], dtype) if "bias" in tensors else None
+    matrix = Matrix(joined([t for n, t in tensors.items() if n != "bias"], dtype), bias, dtype)
+    method = f"oneDNN-packed {str(matrix.dtype).removeprefix('torch.')}"
+    return LinearWeights(matrix, dtype, digest_of(tensors), method, matrix.nbytes)
+
+
+def joined(tensors: Sequence[HostTensor], dtype: torch.dtype) -> Tensor:
+    """Return the matrices stacked by rows."""
+    parts = [dense(t, dtype) for t in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def linear(x: Tensor, weights: LinearWeights, *, out_dtype: str | None = None) -> Tensor:
+    """See ``reference.linear.linear``. Sums are in float32, as oneDNN keeps them."""
+    y = weights(x)
+    return y.to(TORCH_DTYPE[out_dtype]) if out_dtype else y
+
+
+@dataclass
+class TableWeights(Weights):
+    """An embedding table as it is."""
+
+    table: Tensor
+    digest: str
+    method: str
+    nbytes: int
+
+
+def prepare_table(tensors: Mapping[str, HostTensor], dtype: str) -> TableWeights:
+    """Cast the table."""
+    table = dense(tensors["table"], TORCH_DTYPE[dtype])
+    return TableWeights(table, digest_of(tensors), dtype, table.nbytes)
+
+
+def embed(ids: Tensor, weights: TableWeights) -> Tensor:
+    """See ``reference.linear.embed``."""
+    return F.embedding(ids, weights.table)

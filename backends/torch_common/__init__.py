@@ -1,0 +1,1 @@
+"""What the torch backends share: crossing between NumPy and torch."""

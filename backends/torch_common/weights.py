@@ -1,0 +1,44 @@
+"""Checkpoint tensors as torch tensors, dequantised where they are block FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from step3_hetero.backends.torch_common.arrays import to_torch
+from step3_hetero.specs import FP8_BLOCK, HostTensor
+
+
+def dense(tensor: HostTensor, dtype: torch.dtype) -> Tensor:
+    """Return one weight in ``dtype``, always a copy; block FP8 is multiplied by its scales.
+
+    Shapes: (..., rows, columns) or (n,), as the tensor's own.
+    """
+    if tensor.scale_inv is None:
+        return to_torch(tensor.data).to(dtype, copy=True)
+    rows, columns = tensor.shape[-2:]
+    scale = to_torch(tensor.scale_inv)
+    spread = scale.repeat_interleave(FP8_BLOCK, -2)[..., :rows, :]
+    spread = spread.repeat_interleave(FP8_BLOCK, -1)[..., :columns]
+    return to_torch(tensor.data).to(torch.float32).mul_(spread).to(dtype)
+
+
+def part(tensor: HostTensor, index: int) -> HostTensor:
+    """Return one expert of a stack."""
+    scale = None if tensor.scale_inv is None else tensor.scale_inv[index]
+    return HostTensor(f"{tensor.name}[{index}]", tensor.data[index], scale)
+
+
+def digest_of(tensors: Mapping[str, HostTensor]) -> str:
+    """Return a digest over the names and bytes of the tensors as stored."""
+    seen = sha256()
+    for name, tensor in tensors.items():
+        seen.update(f"{name}:{tensor.name}:{tensor.dtype}:{tensor.shape}".encode())
+        for array in (tensor.data, tensor.scale_inv):
+            if array is not None:
+                seen.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return seen.hexdigest()

@@ -1,0 +1,170 @@
+"""The front door in Python: ``load`` a config, get an ``Engine``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from step3_hetero.backend import Device
+from step3_hetero.config import Config
+from step3_hetero.errors import ConfigError, PlacementError
+from step3_hetero.graph import StageGraph, build_graph
+from step3_hetero.model.ablate import Ablated
+from step3_hetero.model.checkpoint import Checkpoint
+from step3_hetero.model.config import FAMILIES, ModelConfig
+from step3_hetero.model.image import ImageConfig
+from step3_hetero.model.tokenizer import Tokenizer
+from step3_hetero.runtime.engine import Engine
+from step3_hetero.runtime.executor import Observer
+from step3_hetero.runtime.loader import OnStage, TensorSource, load_stages
+from step3_hetero.runtime.local import LocalExecutor
+from step3_hetero.runtime.placing import DTYPE, Placement, place
+from step3_hetero.runtime.prompting import Prompter
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config with its model, graph and placement; nothing is opened yet."""
+
+    config: Config
+    model: ModelConfig
+    graph: StageGraph
+    placement: Placement
+
+
+def load(
+    config: str | Path | Mapping[str, Any] | Config,
+    *,
+    ablate: str | None = None,
+    observer: Observer | None = None,
+    on_stage: OnStage | None = None,
+    **overrides: Any,
+) -> Engine:
+    """Load a model as a config file says and return an engine ready to generate.
+
+    ``overrides`` are config keys with two underscores for each dot: ``roles__f__backend="cpu"``.
+    ``ablate`` zeroes a part (attention, experts or vision), to see what it is worth. ``on_stage``
+    is called with each stage's name once it is loaded.
+
+    Raises:
+        ConfigError, BackendNotFound, UnsupportedOp, PlacementError, CheckpointError: what is wrong,
+            where, and what to do.
+    """
+    read = read_config(config, overrides)
+    folder = checkpoint_folder(read)
+    checkpoint = Checkpoint.open(folder, model_config(read))
+    resolved = resolve(read, checkpoint.config)
+    source = Ablated(checkpoint, ablate) if ablate else checkpoint
+    executor = _executor(resolved, source, observer, on_stage)
+    runtime = resolved.config.runtime
+    return Engine(
+        resolved.model,
+        executor,
+        _prompter(resolved.model, folder),
+        resolved.placement,
+        max_batch=runtime.max_batch,
+        prefill_chunk=runtime.prefill_chunk,
+    )
+
+
+def read_config(
+    config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any]
+) -> Config:
+    """Read a config from wherever it is, overrides applied.
+
+    Raises:
+        ConfigError: a key or a value is wrong, or a config already read is to be overridden.
+    """
+    settings = [f"{key.replace('__', '.')}={json.dumps(v)}" for key, v in overrides.items()]
+    if isinstance(config, str | Path):
+        return Config.read(config, settings)
+    if settings:
+        raise ConfigError(
+            f"overrides go with a config file; set {', '.join(overrides)} in the value"
+        )
+    return config if isinstance(config, Config) else Config.from_dict(config, Path.cwd())
+
+
+def resolve(config: Config, model: ModelConfig | None = None) -> Resolved:
+    """Build the graph of a config's model and place it, without touching a device or a weight.
+
+    Raises:
+        ConfigError: the config or the model's config.json is wrong.
+        BackendNotFound, UnsupportedOp, PlacementError: the placement is impossible.
+    """
+    model = model or model_config(config)
+    asked = config.runtime.dtype
+    graph = build_graph(
+        model,
+        dtype=model.dtype if asked == "model" else DTYPE[asked],
+        router_logits=config.runtime.router_logits,
+        batch_invariant=config.runtime.batch_invariant,
+    )
+    return Resolved(config, model, graph, place(config, model, graph))
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Return the folder of a config's checkpoint.
+
+    Raises:
+        ConfigError: the config names a family, which has no weights.
+    """
+    if config.model_path is None:
+        raise config.error(
+            "model",
+            f"{config.model!r} is a family without weights: enough for check and graph; give a "
+            "checkpoint's folder to run it",
+        )
+    return config.model_path
+
+
+def model_config(config: Config) -> ModelConfig:
+    """Read the model's own config, or take a family's."""
+    if config.model_path is None:
+        if config.model not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise config.error(
+                "model", f"{config.model!r} is no folder and no family; families: {known}"
+            )
+        return FAMILIES[config.model]()
+    return ModelConfig.read(config.model_path)
+
+
+def _executor(
+    resolved: Resolved, source: TensorSource, observer: Observer | None, on_stage: OnStage | None
+) -> LocalExecutor:
+    placement = resolved.placement
+    opened = open_devices(placement)
+    devices = {
+        stage: (role, opened[placement.roles[role].device], placement.roles[role].weight_format)
+        for stage, role in placement.role_of.items()
+    }
+    stages, caches = load_stages(
+        resolved.graph, devices, source, placement.limits, placement.kv_blocks, on_stage
+    )
+    return LocalExecutor(resolved.graph, stages, caches, placement.limits, observer)
+
+
+def open_devices(placement: Placement) -> dict[tuple[str, int], Device]:
+    """Open each device once, however many roles share it.
+
+    Raises:
+        PlacementError: a device is not on this machine.
+    """
+    opened: dict[tuple[str, int], Device] = {}
+    for role in placement.roles.values():
+        if role.device not in opened:
+            if reason := role.backend.why_unavailable():
+                raise PlacementError(
+                    f"role {role.name!r}: backend {role.backend.name!r} has no device here: {reason}"
+                )
+            opened[role.device] = role.backend.open(role.index, role.options)
+    return opened
+
+
+def _prompter(model: ModelConfig, folder: Path) -> Prompter:
+    size = model.vision.image_size if model.vision else None
+    return Prompter(model, Tokenizer.read(folder), ImageConfig.read(folder, size))

@@ -1,0 +1,76 @@
+"""The command line. Commands are imported when they are called: ``--help`` must be quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from step3_hetero import __version__
+from step3_hetero.errors import Step3HeteroError
+
+COMMANDS = {
+    "generate": "Answer a prompt, with images if there are any.",
+    "eval": "Measure a model's accuracy through the full engine.",
+    "check": "Show placement, edges and bytes of a config, without any hardware.",
+    "graph": "Draw a model's stages, coloured by role.",
+    "backends": "List installed backends and their devices.",
+    "checkpoint": "Inspect or quantise a checkpoint.",
+}
+"""Each command and its line in ``--help``."""
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order a newcomer meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import ``step3_hetero.cli.<name>_command``."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"step3_hetero.cli.{cmd_name}_command").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+EPILOG = """\b
+Examples:
+  step3-hetero generate examples/digits.yaml --image 7.png --prompt "which digit is this ?"
+  step3-hetero check examples/digits.yaml --set roles.f.backend=cpu
+  step3-hetero graph examples/digits.yaml --svg graph.svg
+"""
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="step3-hetero")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Run Step-3 across devices of several vendors, as one config file says."""
+
+
+def main() -> None:
+    """Run the command line; print an error of ours without its traceback.
+
+    Exit codes: 0 done, 1 failed, 2 bad input.
+    """
+    try:
+        cli.main(standalone_mode=False)
+    except Step3HeteroError as error:
+        if "--debug" in sys.argv:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        click.echo("stopped", err=True)
+        sys.exit(130)

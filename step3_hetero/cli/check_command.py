@@ -1,0 +1,76 @@
+"""``step3-hetero check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from step3_hetero.cli.options import (
+    config_argument,
+    human_bytes,
+    json_option,
+    print_json,
+    print_table,
+    set_option,
+)
+
+EPILOG = """\b
+Examples:
+  step3-hetero check examples/digits.yaml
+  step3-hetero check examples/digits.yaml --set roles.f.backend=cpu --json
+  step3-hetero check examples/digits.yaml --here
+"""
+
+
+@click.command("check", epilog=EPILOG)
+@config_argument
+@click.option("--here", is_flag=True, help="Also demand that every device is on this machine.")
+@set_option
+@json_option
+def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show placement, edges and bytes of a config, without any hardware."""
+    from step3_hetero.api import open_devices, resolve
+    from step3_hetero.config import Config
+
+    placement = resolve(Config.read(Path(config), list(overrides))).placement
+    if here:
+        open_devices(placement)
+    report = {**placement.to_json(), "here": True if here else None}
+    if as_json:
+        print_json(report)
+        return
+    _print_roles(report)
+    _print_crossing(report)
+    click.echo(f"KV cache: {report['kv_blocks']} blocks of 128 tokens in every layer")
+    if here:
+        click.echo("every device is on this machine")
+
+
+def _print_roles(report: dict) -> None:  # type: ignore[type-arg] # JSON
+    rows = [
+        (
+            r["role"],
+            r["backend"],
+            r["device"],
+            r["stages"],
+            human_bytes(r["weight_bytes"]),
+            human_bytes(r["kv_bytes"]),
+            human_bytes(r["memory_bytes"]),
+        )
+        for r in report["roles"]
+    ]
+    header = ("role", "backend", "device", "stages", "weights", "KV cache", "memory")
+    print_table(f"placement of {report['model']}", header, rows)
+
+
+def _print_crossing(report: dict) -> None:  # type: ignore[type-arg] # JSON
+    if not report["crossing"]:
+        click.echo("no edge crosses between devices")
+        return
+    rows = [
+        (c["kind"], c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]))
+        for c in report["crossing"]
+    ]
+    header = ("edge", "from", "to", "edges", "bytes per token")
+    print_table("edges between devices", header, rows)

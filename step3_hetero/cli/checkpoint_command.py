@@ -1,0 +1,58 @@
+"""``step3-hetero checkpoint``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from step3_hetero.cli.options import human_bytes, json_option, print_json, print_table, progress
+
+EPILOG = """\b
+Examples:
+  step3-hetero checkpoint inspect models/tiny-step3-digits
+  step3-hetero checkpoint quantise models/tiny-step3-digits /tmp/tiny-fp8
+"""
+
+
+@click.group("checkpoint", epilog=EPILOG)
+def command() -> None:
+    """Inspect or quantise a checkpoint."""
+
+
+@command.command("inspect")
+@click.argument("path", type=click.Path(file_okay=False))
+@json_option
+def inspect(path: str, as_json: bool) -> None:
+    """Check every shard and list what a checkpoint holds, part by part."""
+    from step3_hetero.model.checkpoint import Checkpoint
+    from step3_hetero.model.config import ModelConfig
+
+    folder = Path(path)
+    summary = Checkpoint.open(folder, ModelConfig.read(folder)).summary().to_json()
+    if as_json:
+        print_json(summary)
+        return
+    rows = [
+        (
+            g["name"],
+            g["tensors"],
+            f"{g['parameters']:,}",
+            human_bytes(g["bytes"]),
+            ", ".join(g["dtypes"]),
+        )
+        for g in summary["groups"]
+    ]
+    print_table(path, ("part", "tensors", "parameters", "bytes", "dtypes"), rows)
+
+
+@command.command("quantise")
+@click.argument("source", type=click.Path(file_okay=False))
+@click.argument("out", type=click.Path(file_okay=False))
+def quantise(source: str, out: str) -> None:
+    """Write the block-FP8 copy of a checkpoint to a new folder."""
+    from step3_hetero.model.quantise import quantise_checkpoint
+
+    with progress("quantising tensors", None) as advance:
+        quantise_checkpoint(Path(source), Path(out), on_progress=lambda name, done, total: advance(done))
+    click.echo(f"wrote {out}")

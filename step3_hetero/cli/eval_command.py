@@ -1,0 +1,59 @@
+"""``step3-hetero eval``."""
+
+from __future__ import annotations
+
+import click
+
+from step3_hetero.cli.loading import load_engine
+from step3_hetero.cli.options import (
+    config_argument,
+    json_option,
+    print_json,
+    print_table,
+    progress,
+    set_option,
+)
+
+EPILOG = """\b
+Examples:
+  step3-hetero eval digits examples/digits.yaml
+  step3-hetero eval digits examples/digits.yaml --ablate experts --limit 200
+  step3-hetero eval digits examples/digits.yaml --set roles.f.backend=cpu --json
+"""
+
+
+@click.group("eval")
+def command() -> None:
+    """Measure a model's accuracy through the full engine."""
+
+
+@command.command("digits", epilog=EPILOG)
+@config_argument
+@click.option("--limit", type=click.IntRange(1), help="Ask the first N of each kind only.")
+@click.option(
+    "--ablate",
+    type=click.Choice(["attention", "experts", "vision"]),
+    help="Zero a part first, to see what it is worth (experts: routed and shared).",
+)
+@set_option
+@json_option
+def digits(
+    config: str, limit: int | None, ablate: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Ask about held-out handwritten digits: which digit, and the sum of two."""
+    from step3_hetero.api import checkpoint_folder
+    from step3_hetero.config import Config
+    from step3_hetero.evals.digits import HeldOut, evaluate
+
+    held = HeldOut.read(checkpoint_folder(Config.read(config, overrides)))
+    with load_engine(config, overrides, ablate=ablate) as engine:
+        with progress("answering", None) as advance:
+            scores = evaluate(engine, held, limit=limit, on_progress=lambda done, _: advance(done))
+        placement = engine.placement.to_json()
+    if as_json:
+        listed = [s.to_json() for s in scores]
+        print_json({"scores": listed, "ablate": ablate, "placement": placement})
+        return
+    rows = [(s.name, f"{s.accuracy:.1%}", f"{s.right} of {s.asked}") for s in scores]
+    title = "held-out accuracy" + (f", {ablate} zeroed" if ablate else "")
+    print_table(title, ("question", "accuracy", "right"), rows)

@@ -1,0 +1,125 @@
+"""``step3-hetero generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from step3_hetero.cli.loading import load_engine
+from step3_hetero.cli.options import config_argument, json_option, print_json, progress, set_option
+from step3_hetero.errors import RequestError
+
+EPILOG = """\b
+Examples:
+  step3-hetero generate examples/digits.yaml --image 7.png --prompt "which digit is this ?"
+  step3-hetero generate examples/digits.yaml --image 7.png --image 8.png \\
+      --prompt "what is the sum ?" --logprobs 3 --json
+  step3-hetero generate run.yaml --prompt-ids 1,2,3 --max-tokens 16 --temperature 0.8 --seed 7
+  step3-hetero generate run.yaml --prompt-ids 1,2,3 --set roles.f.backend=cpu
+"""
+
+
+@click.command("generate", epilog=EPILOG)
+@config_argument
+@click.option("--prompt", help="A question; the model's chat template is put around it.")
+@click.option("--prompt-ids", metavar="1,2,3", help="Token ids instead of text.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="An image file. May be repeated.",
+)
+@click.option("--max-tokens", default=64, show_default=True, help="Tokens to generate at most.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Keep the k most probable; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Keep the most probable p.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
+@click.option("--stop", multiple=True, help="End before this text. May be repeated.")
+@click.option("--ignore-eos", is_flag=True, help="Go on at the model's own end.")
+@click.option("--logprobs", type=int, metavar="K", help="Report log-probabilities, with K others.")
+@set_option
+@json_option
+def command(
+    config: str,
+    prompt: str | None,
+    prompt_ids: str | None,
+    images: tuple[str, ...],
+    overrides: tuple[str, ...],
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Answer one prompt, with images if there are any."""
+    from step3_hetero.runtime.request import SamplingParams
+
+    question = _question(prompt, prompt_ids)
+    params = SamplingParams(**sampling)
+    with load_engine(config, overrides) as engine:
+        shown = None if as_json else _stream(params)
+        with progress("generating", params.max_tokens) as advance:
+            counter = _Counter(shown, advance)
+            done = engine.generate(
+                question, params, images=[Path(i) for i in images], on_token=counter
+            )
+        if as_json:
+            stages = engine.executor.clock.to_json()
+            placement = engine.placement.to_json()
+            timings = {**done.timings, "stages": stages}
+            print_json({**done.to_json(), "timings": timings, "placement": placement})
+            return
+        if done.text is None:
+            click.echo(",".join(map(str, done.token_ids)), nl=False)
+        click.echo()
+        if done.logprobs is not None:
+            _print_logprobs(engine, done)
+
+
+class _Counter:
+    """Counts tokens for the bar and passes them on."""
+
+    def __init__(self, shown: Any, advance: Any) -> None:
+        self.shown, self.advance, self.count = shown, advance, 0
+
+    def __call__(self, token: Any) -> None:
+        self.count += 1
+        self.advance(self.count)
+        if self.shown is not None:
+            self.shown(token)
+
+
+def _stream(params: Any) -> Any:
+    """Print text as it comes, unless a stop string may yet take some of it back."""
+
+    def show(token: Any) -> None:
+        click.echo(token.text, nl=False)
+
+    return show
+
+
+def _question(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
+    if (prompt is None) == (prompt_ids is None):
+        raise RequestError("give either --prompt or --prompt-ids, and not both")
+    if prompt is not None:
+        return prompt
+    try:
+        return [int(part) for part in str(prompt_ids).split(",")]
+    except ValueError:
+        raise RequestError(
+            f"--prompt-ids: {prompt_ids!r} refused; allowed: whole numbers with commas, as 1,2,3"
+        ) from None
+
+
+def _print_logprobs(engine: Any, done: Any) -> None:
+    from step3_hetero.cli.options import print_table
+
+    def word(number: int) -> str:
+        text = engine.tokenizer.decode([number]) if engine.tokenizer else ""
+        return f"{number} {text!r}" if text else str(number)
+
+    rows = [
+        (word(t), f"{p.chosen:.4f}", ", ".join(f"{word(i)} {v:.4f}" for i, v in p.top))
+        for t, p in zip(done.token_ids, done.logprobs, strict=True)
+    ]
+    print_table("log-probabilities", ("token", "logprob", "most probable"), rows)

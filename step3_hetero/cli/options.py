@@ -1,0 +1,89 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+config_argument = click.argument("config", type=click.Path(dir_okay=False))
+
+
+def set_option(function: F) -> F:
+    """Add ``--set KEY=VALUE``."""
+    decorated: F = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a config key, e.g. roles.f.backend=cpu. May be repeated.",
+    )(function)
+    return decorated
+
+
+def json_option(function: F) -> F:
+    """Add ``--json``."""
+    decorated: F = click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON instead of text."
+    )(function)
+    return decorated
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table to the terminal's width; piped, it is as wide as it needs."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*[str(cell) for cell in row])
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def human_bytes(count: float) -> str:
+    """Write bytes for people.
+
+    >>> human_bytes(999), human_bytes(1_900_000), human_bytes(642e9)
+    ('999 B', '1.9 MB', '642.0 GB')
+    """
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error while it is a terminal; yield what sets it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

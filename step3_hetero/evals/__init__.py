@@ -1,0 +1,1 @@
+"""Measuring a model's accuracy through the full engine."""

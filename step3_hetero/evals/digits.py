@@ -1,0 +1,113 @@
+"""Held-out handwritten digits: which digit is it, and what is the sum of two?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from step3_hetero.errors import ConfigError
+from step3_hetero.runtime.engine import Engine
+from step3_hetero.runtime.request import Completion, SamplingParams
+
+SINGLE = "which digit is this ?"
+SUM = "what is the sum ?"
+SIDE = 32
+"""Pixels of a drawn digit's side."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Digits the model never saw. Shapes: images (n, 8, 8) uint8 0..16, labels (n,), pairs (m, 2)."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    pairs: npt.NDArray[np.int64]
+
+    @classmethod
+    def read(cls, model: Path) -> HeldOut:
+        """Read ``eval/held_out.npz`` of a model's folder.
+
+        Raises:
+            ConfigError: the model has no such file, or it is not what it should be.
+        """
+        path = model / "eval" / "held_out.npz"
+        if not path.is_file():
+            raise ConfigError(f"{path}: not found; eval digits needs a model with held-out digits")
+        with np.load(path, allow_pickle=False) as held:
+            return cls(held["images"], held["labels"].astype(int), held["pairs"].astype(int))
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many answers were right, and those that were not: (expected, text)."""
+
+    name: str
+    right: int
+    asked: int
+    wrong: Sequence[tuple[str, str]]
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of right answers."""
+        return self.right / self.asked if self.asked else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        wrong = [{"expected": e, "text": t} for e, t in self.wrong]
+        return {
+            "name": self.name,
+            "accuracy": self.accuracy,
+            "right": self.right,
+            "asked": self.asked,
+            "wrong": wrong,
+        }
+
+
+def draw_digit(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    """Draw one 8 × 8 digit, grey values 0 to 16, as the picture the model was trained on."""
+    grey = (pixels.astype(np.float64) * 255 / 16).round().astype(np.uint8)
+    return Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
+
+def answer_of(completion: Completion) -> str:
+    """Return the digits after the thought.
+
+    >>> answer_of(Completion(1, 1, (), "7 + 8 </think> 1 5", "stop"))
+    '15'
+    """
+    text = completion.text or ""
+    return text.rpartition("</think>")[2].replace(" ", "").removesuffix("<|EOT|>")
+
+
+def evaluate(
+    engine: Engine, held: HeldOut, *, limit: int | None = None, on_progress: Progress | None = None
+) -> list[Score]:
+    """Ask about every held-out digit and every fixed pair (the first ``limit`` of each)."""
+    pictures = [draw_digit(i) for i in held.images]
+    singles = [((SINGLE, [p]), str(n)) for p, n in zip(pictures, held.labels, strict=True)]
+    sums = [
+        ((SUM, [pictures[a], pictures[b]]), str(held.labels[a] + held.labels[b]))
+        for a, b in held.pairs
+    ]
+    return [
+        _score(engine, "single digits", singles[:limit], on_progress),
+        _score(engine, "sums of two", sums[:limit], on_progress),
+    ]
+
+
+def _score(
+    engine: Engine, name: str, asked: list[tuple[Any, str]], on_progress: Progress | None
+) -> Score:
+    params = SamplingParams(max_tokens=8)
+    done = engine.generate_all([q for q, _ in asked], params, on_progress=on_progress)
+    pairs = [(expected, c) for (_, expected), c in zip(asked, done, strict=True)]
+    wrong = [(expected, c.text or "") for expected, c in pairs if answer_of(c) != expected]
+    return Score(name, len(asked) - len(wrong), len(asked), wrong)

@@ -1,0 +1,42 @@
+"""A checkpoint with one part zeroed, to see what the part is worth."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+import numpy as np
+
+from step3_hetero.errors import ConfigError
+from step3_hetero.specs import HostTensor
+
+PARTS = {
+    "attention": r"self_attn\.o_proj\.weight",
+    "experts": r"(moe|share_expert)\.down_proj\.weight",
+    "vision": r"vit_large_projector\.(weight|bias)",
+}
+"""The last matrix of each part: zeroed, the part adds nothing. Experts: routed and shared."""
+
+
+class Source(Protocol):
+    """Where weights come from."""
+
+    def tensor(self, name: str) -> HostTensor:
+        """Return one weight."""
+
+
+class Ablated:
+    """Gives zeros for the output matrices of one part, the checkpoint's own for all else."""
+
+    def __init__(self, source: Source, part: str) -> None:
+        if part not in PARTS:
+            raise ConfigError(f"cannot ablate {part!r}; parts: {', '.join(PARTS)}")
+        self._source = source
+        self._zeroed = re.compile(rf"(^|\.){PARTS[part]}$")
+
+    def tensor(self, name: str) -> HostTensor:
+        """Return one weight, or zeros of its shape."""
+        tensor = self._source.tensor(name)
+        if not self._zeroed.search(name):
+            return tensor
+        return HostTensor(name, np.zeros(tensor.shape, np.float32))

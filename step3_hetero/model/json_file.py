@@ -1,0 +1,30 @@
+"""Reading the JSON files that lie beside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from step3_hetero.errors import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        ConfigError: the file cannot be read, is no JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise ConfigError(f"{path}: cannot be read: {cause.strerror}") from cause
+    except UnicodeDecodeError as cause:
+        raise ConfigError(f"{path}: not UTF-8: {cause}") from cause
+    except json.JSONDecodeError as cause:
+        raise ConfigError(f"{path}:{cause.lineno}: not JSON: {cause.msg}") from cause
+    except RecursionError as cause:
+        raise ConfigError(f"{path}: nested too deeply") from cause
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,76 @@
+"""From checkpoint to devices: prepare each stage's weights, reserve its cache, build its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from step3_hetero.backend import Array, Device, KVCache, Weights
+from step3_hetero.graph import GraphStage, Param, StageGraph
+from step3_hetero.runtime.local import LoadedStage
+from step3_hetero.specs import AttentionSpec, CacheSpec, HostTensor, Limits
+
+OnStage = Callable[[str], None]
+"""Called with a stage's name once it is loaded."""
+
+
+class TensorSource(Protocol):
+    """Where weights come from: a checkpoint, or one with a part zeroed."""
+
+    def tensor(self, name: str) -> HostTensor:
+        """Return one weight; its values are checked to be finite."""
+
+
+def load_stages(
+    graph: StageGraph,
+    devices: Mapping[str, tuple[str, Device, str]],
+    source: TensorSource,
+    limits: Limits,
+    kv_blocks: int,
+    on_stage: OnStage | None = None,
+) -> tuple[dict[str, LoadedStage], list[KVCache]]:
+    """Load every stage of ``graph`` on its device.
+
+    ``devices`` gives, by stage, the role's name, the device and the weight format.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+        UnsupportedOp: a device has no form for a weight.
+    """
+    loaded: dict[str, LoadedStage] = {}
+    caches: list[KVCache] = []
+    for node in graph.stages:
+        role, device, weight_format = devices[node.name]
+        weights = stage_weights(device, node, source, weight_format)
+        cache = open_cache(device, node, kv_blocks)
+        caches += [cache] if cache else []
+        stage = device.build(node.spec, weights, cache, limits)
+        loaded[node.name] = LoadedStage(node, stage, device, role)
+        if on_stage is not None:
+            on_stage(node.name)
+    return loaded, caches
+
+
+def stage_weights(
+    device: Device, node: GraphStage, source: TensorSource, weight_format: str
+) -> dict[str, Weights | Array]:
+    """Return a stage's weights by name, as its device wants them."""
+    return {p.name: _prepare(device, node, p, source, weight_format) for p in node.params}
+
+
+def _prepare(
+    device: Device, node: GraphStage, param: Param, source: TensorSource, weight_format: str
+) -> Weights | Any:
+    tensors = {key: source.tensor(name) for key, name in param.tensors.items()}
+    if param.spec is None:
+        return device.from_host(tensors["value"].data, node.spec.dtype)
+    return device.prepare(param.spec.op, tensors, replace(param.spec, weight_format=weight_format))
+
+
+def open_cache(device: Device, node: GraphStage, kv_blocks: int) -> KVCache | None:
+    """Reserve the cache of an attention stage; other stages have none."""
+    spec = node.spec
+    if not isinstance(spec, AttentionSpec):
+        return None
+    return device.open_cache(CacheSpec(spec.kv_heads, spec.head_dim, kv_blocks, spec.dtype))

@@ -1,0 +1,233 @@
+"""Which stage runs on which device: resolved from the config, checked without opening anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from step3_hetero.backend import Backend, DeviceInfo
+from step3_hetero.config import Config, stage_ranges
+from step3_hetero.errors import PlacementError, UnsupportedOp
+from step3_hetero.graph import Edge, GraphStage, StageGraph
+from step3_hetero.model.config import ModelConfig
+from step3_hetero.registry import get_backend
+from step3_hetero.runtime.blocks import blocks_for
+from step3_hetero.specs import AttentionSpec, CacheSpec, Limits
+
+DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+"""NumPy's names for the config's dtypes."""
+
+KV_SHARE = 0.4
+"""The part of a device's memory left by weights that ``kv_blocks: auto`` may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolePlan:
+    """One role: where it runs and what it holds. Bytes are those of weights at ``weight_format``."""
+
+    name: str
+    backend: Backend
+    info: DeviceInfo
+    index: int
+    options: Mapping[str, Any]
+    weight_format: str
+    stages: tuple[str, ...]
+    weight_bytes: int
+    kv_bytes_per_block: int
+
+    @property
+    def device(self) -> tuple[str, int]:
+        """Return what tells two roles on one device from two roles on two."""
+        return self.backend.name, self.index
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Every stage's role, every role's device, and what has to cross between devices."""
+
+    graph: StageGraph
+    roles: Mapping[str, RolePlan]
+    role_of: Mapping[str, str]
+    limits: Limits
+    kv_blocks: int
+
+    def crossing(self) -> Iterator[Edge]:
+        """Yield the edges whose ends lie on different devices."""
+        for edge in self.graph.edges:
+            ends = (self.roles[self.role_of[s]].device for s in (edge.source, edge.target))
+            if len(set(ends)) > 1:
+                yield edge
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {
+            "model": self.graph.name,
+            "kv_blocks": self.kv_blocks,
+            "roles": [
+                {
+                    "role": r.name,
+                    "backend": r.backend.name,
+                    "device": r.info.name,
+                    "stages": stage_ranges(r.stages),
+                    "weights": r.weight_format,
+                    "weight_bytes": r.weight_bytes,
+                    "kv_bytes": r.kv_bytes_per_block * self.kv_blocks,
+                    "memory_bytes": r.info.memory_bytes,
+                }
+                for r in self.roles.values()
+            ],
+            "crossing": [
+                {
+                    "kind": kind,
+                    "source": source,
+                    "target": target,
+                    "edges": count,
+                    "bytes_per_token": nbytes,
+                }
+                for (kind, source, target), (count, nbytes) in self.crossing_summary().items()
+            ],
+        }
+
+    def crossing_summary(self) -> dict[tuple[str, str, str], tuple[int, int]]:
+        """Return, by (kind, source role, target role), how many edges and their bytes a token."""
+        found: dict[tuple[str, str, str], tuple[int, int]] = {}
+        for edge in self.crossing():
+            key = (edge.kind, self.role_of[edge.source], self.role_of[edge.target])
+            count, nbytes = found.get(key, (0, 0))
+            found[key] = (count + 1, nbytes + self._edge_bytes(edge))
+        return found
+
+    def _edge_bytes(self, edge: Edge) -> int:
+        sizes = _dimensions(self.graph)
+        return sum(
+            int(np.prod([sizes[d] for d in t.dims[1:]])) * itemsize(t.dtype) for t in edge.tensors
+        )
+
+
+def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
+    """Resolve ``config`` over ``graph``.
+
+    Raises:
+        ConfigError: a stage is in two roles or in none, a layer is out of range.
+        BackendNotFound: a role names a backend that is not installed.
+        UnsupportedOp: a device cannot run a stage it was given.
+        PlacementError: a device cannot hold its weights.
+    """
+    role_of = config.assign([s.name for s in graph.stages])
+    roles = {
+        name: _role_plan(config, name, [s for s in graph.stages if role_of[s.name] == name])
+        for name in config.roles
+        if name in role_of.values()
+    }
+    limits = Limits(
+        tokens=config.runtime.max_batch + config.runtime.prefill_chunk,
+        seqs=config.runtime.max_batch,
+        blocks_per_seq=blocks_for(model.text.max_positions),
+    )
+    return Placement(graph, roles, role_of, limits, _kv_blocks(config, roles, limits))
+
+
+def _role_plan(config: Config, name: str, stages: Sequence[GraphStage]) -> RolePlan:
+    role = config.roles[name]
+    backend = get_backend(role.backend)
+    info = backend.reference_info(role.card)
+    weight_format = DTYPE.get(role.weights, role.weights)
+    _check_supported(config, name, backend, info, stages, weight_format)
+    return RolePlan(
+        name,
+        backend,
+        info,
+        role.devices[0] if role.devices else 0,
+        role.options,
+        weight_format,
+        tuple(s.name for s in stages),
+        sum(_stage_bytes(s, weight_format) for s in stages),
+        sum(_block_bytes(s) for s in stages),
+    )
+
+
+def _check_supported(
+    config: Config,
+    role: str,
+    backend: Backend,
+    info: DeviceInfo,
+    stages: Sequence[GraphStage],
+    weight_format: str,
+) -> None:
+    where = config.where(f"roles.{role}.backend")
+    if config.runtime.batch_invariant and not info.batch_invariant:
+        raise UnsupportedOp(
+            f"{config.where('runtime.batch_invariant')}: backend {backend.name!r} of role {role!r} "
+            "is not batch-invariant; set runtime.batch_invariant: false or choose another backend"
+        )
+    for spec, stage in {s.spec: s for s in reversed(stages)}.items():
+        for op in spec.ops(weight_format):
+            if reason := backend.supports(info, op):
+                raise UnsupportedOp(
+                    f"{where}: roles.{role}: {backend.name} on {info.name} cannot run "
+                    f"{stage.name}: {op}: {reason}"
+                )
+
+
+def _kv_blocks(config: Config, roles: Mapping[str, RolePlan], limits: Limits) -> int:
+    """Return the logical blocks of every attention layer: as asked, or as memory allows."""
+    wanted = config.runtime.kv_blocks
+    most = limits.seqs * limits.blocks_per_seq
+    for role in roles.values():
+        left = role.info.memory_bytes - _bytes_on(roles, role.device)
+        if left < 0:
+            raise PlacementError(
+                f"{config.where(f'roles.{role.name}')}: {role.info.name} has "
+                f"{role.info.memory_bytes:,} bytes, the weights placed on it take "
+                f"{role.info.memory_bytes - left:,}; spread the stages over more devices"
+            )
+        if role.kv_bytes_per_block:
+            most = min(most, int(left * KV_SHARE) // role.kv_bytes_per_block)
+    if most < 1:
+        raise PlacementError("no device has room for one KV block beside its weights")
+    return most if wanted == "auto" else int(wanted)
+
+
+def _bytes_on(roles: Mapping[str, RolePlan], device: tuple[str, int]) -> int:
+    return sum(r.weight_bytes for r in roles.values() if r.device == device)
+
+
+def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
+    """Return the bytes of a stage's weights; the router is held in float32."""
+    total = 0
+    for param in stage.params:
+        dtype = stage.spec.dtype if weight_format == "auto" else weight_format
+        if param.name == "router" and param.spec is not None:
+            dtype = str(param.spec.parameters["out_dtype"])
+        total += param.elements * itemsize(dtype)
+    return total
+
+
+def _block_bytes(stage: GraphStage) -> int:
+    spec = stage.spec
+    if not isinstance(spec, AttentionSpec):
+        return 0
+    return CacheSpec(spec.kv_heads, spec.head_dim, 1, spec.dtype).nbytes
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one element.
+
+    >>> itemsize("bfloat16"), itemsize("float8_e4m3fn")
+    (2, 1)
+    """
+    import ml_dtypes  # noqa: F401  registers bfloat16 and float8 under their names
+
+    return int(np.dtype(dtype).itemsize)
+
+
+def _dimensions(graph: StageGraph) -> dict[str, int]:
+    """Return the sizes of an edge's named dimensions."""
+    sizes = {"hidden": graph.by_name["head"].spec.hidden}
+    for stage in graph.stages:
+        if isinstance(stage.spec, AttentionSpec) and stage.spec.router:
+            sizes["top_k"] = stage.spec.router.top_k
+    return sizes

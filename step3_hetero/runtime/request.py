@@ -1,0 +1,98 @@
+"""Requests as callers write them, and what they get back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from step3_hetero.errors import RequestError
+from step3_hetero.runtime.microbatch import RowLogprobs
+
+ImageLike = str | Path | bytes | Image.Image
+FinishReason = Literal["stop", "length", "cancelled"]
+
+MAX_LOGPROBS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+
+    ``stop`` ends the answer before the first of these strings, ``ignore_eos`` keeps going at the
+    model's own end. ``logprobs`` asks for the log-probability of each token and of as many
+    alternatives.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            RequestError: naming the field, the value refused and what is allowed.
+        """
+        top = 0 if self.logprobs is None else self.logprobs
+        ranges: dict[str, tuple[bool, str]] = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "over 0, at most 1"),
+            "seed": (0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            "stop": (all(self.stop), "strings that are not empty"),
+            "logprobs": (0 <= top <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        }
+        for name, (fits, allowed) in ranges.items():
+            if not fits:
+                raise RequestError(f"{name}: {getattr(self, name)!r} refused; allowed: {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, as the streaming callback sees it. ``text`` is what became readable."""
+
+    id: int
+    text: str
+    logprobs: RowLogprobs | None
+
+
+OnToken = Callable[[Token], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request. ``text`` is None for a checkpoint without a tokenizer."""
+
+    request_id: int
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason
+    logprobs: tuple[RowLogprobs, ...] | None = None
+    timings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        listed = None if self.logprobs is None else [p.to_json() for p in self.logprobs]
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "logprobs": listed,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "timings": dict(self.timings),
+        }
+
+
+PromptLike = str | Sequence[int]

@@ -1,0 +1,142 @@
+"""One request on its way: its tokens, its blocks, what of it has been computed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from step3_hetero.backend import Int32
+from step3_hetero.model.image import ImageViews
+from step3_hetero.model.prompt import Prompt
+from step3_hetero.model.tokenizer import Detokeniser
+from step3_hetero.runtime.microbatch import Float32, ImagePart, RowLogprobs
+from step3_hetero.runtime.request import (
+    Completion,
+    FinishReason,
+    OnToken,
+    SamplingParams,
+    Token,
+)
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """``computed`` counts the tokens whose keys are cached; the rest are yet to run."""
+
+    id: int
+    prompt: Prompt
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    max_new: int
+    detokeniser: Detokeniser | None = None
+    on_token: OnToken | None = None
+    all_rows: bool = False
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    table: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    computed: int = 0
+    logprobs: list[RowLogprobs] = field(default_factory=list)
+    logits: list[Float32] = field(default_factory=list)
+    text: str = ""
+    finished: FinishReason | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    first_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt.token_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the length of the prompt."""
+        return len(self.prompt.token_ids)
+
+    @property
+    def generated(self) -> list[int]:
+        """Return the tokens chosen so far."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def decoding(self) -> bool:
+        """Say whether the prompt is computed and one token at a time remains."""
+        return self.computed >= self.prompt_tokens
+
+    def image_key(self, image: int) -> int:
+        """Return the executor's name for one of this request's images."""
+        return self.id << 16 | image
+
+    def image_parts(self, start: int, stop: int, base: int) -> list[ImagePart]:
+        """Return the image rows that fall on tokens start..stop, which are batch rows from base."""
+        parts = []
+        for number, image in enumerate(self.prompt.images):
+            places = np.asarray(image.positions, np.int32)
+            first, last = np.searchsorted(places, [start, stop])
+            if first == last:
+                continue
+            index = places[first:last] - np.int32(start - base)
+            pixels = channels_last(image.views) if first == 0 else None
+            parts.append(ImagePart(self.image_key(number), int(first), int(last), index, pixels))
+        return parts
+
+    def accept(self, token: int, logprobs: RowLogprobs | None) -> None:
+        """Append a chosen token; finish at a stop token, a stop string or the length."""
+        now = time.perf_counter()
+        self.first_token = self.first_token or now
+        if token in self.stop_ids:
+            self.finished = "stop"
+        self.tokens.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if self.finished is None and len(self.generated) >= self.max_new:
+            self.finished = "length"
+        fresh = self._read(token)
+        if self.on_token is not None:
+            self.on_token(Token(token, fresh, logprobs))
+
+    def _read(self, token: int) -> str:
+        """Return the text that became readable, cut at a stop string."""
+        if self.detokeniser is None:
+            return ""
+        before = len(self.text)
+        if token not in self.stop_ids:
+            self.text += self.detokeniser.add(token)
+        if self.finished is not None:
+            self.text += self.detokeniser.flush()
+        for stop in self.params.stop:
+            place = self.text.find(stop)
+            if place >= 0:
+                self.text, self.finished = self.text[:place], "stop"
+        return self.text[before:]
+
+    def completion(self) -> Completion:
+        """Return the finished request."""
+        now = time.perf_counter()
+        first = self.first_token or now
+        decoded = len(self.generated) - 1
+        decode_s = now - first
+        timings = {
+            "queued_s": (self.started or now) - self.arrived,
+            "prefill_s": first - (self.started or now),
+            "decode_s": decode_s,
+            "tokens_per_s": decoded / decode_s if decoded > 0 and decode_s > 0 else None,
+        }
+        return Completion(
+            self.id,
+            self.prompt_tokens,
+            tuple(self.generated),
+            None if self.detokeniser is None else self.text,
+            self.finished or "cancelled",
+            None if self.params.logprobs is None else tuple(self.logprobs),
+            timings,
+        )
+
+
+def channels_last(views: ImageViews) -> tuple[Float32, ...]:
+    """Return the crops, then the whole view, as (n, size, size, channels).
+
+    Crops come first because their rows do (step3-model: order of an image's tokens).
+    """
+    stacks = ([views.crops] if len(views.crops) else []) + [views.view[None]]
+    return tuple(np.ascontiguousarray(stack.transpose(0, 2, 3, 1)) for stack in stacks)

@@ -1,0 +1,311 @@
+"""Plain data that the graph and every backend share: what is stored, and what is asked of a device.
+
+Dimensions carry one set of names everywhere: tokens, seqs, hidden, heads, kv_heads, head_dim,
+experts, top_k, inter, blocks, block_size, vocab, layers. Dtypes are NumPy names; ``bfloat16`` and
+``float8_e4m3fn`` come from ml_dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+HostArray = npt.NDArray[Any]
+Scalar = int | float | bool | str
+
+FP8_BLOCK = 128
+"""Rows and columns of one scale block in a block-FP8 checkpoint."""
+
+LOGICAL_BLOCK = 128
+"""Tokens in a logical KV block; a backend's physical block divides it."""
+
+
+def wide(dtype: str) -> str:
+    """Return the dtype in which sums over ``dtype`` are kept: float32, or float64 for float64.
+
+    >>> wide("bfloat16"), wide("float64")
+    ('float32', 'float64')
+    """
+    return "float64" if dtype == "float64" else "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensor:
+    """A weight in host memory, as the checkpoint stores it.
+
+    Shapes: data (..., rows, columns); scale_inv, for float8_e4m3fn data only,
+    (..., ceil(rows / 128), ceil(columns / 128)) float32, with weight = data * scale_inv.
+    """
+
+    name: str
+    data: HostArray
+    scale_inv: HostArray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight itself."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the stored dtype."""
+        return self.data.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of an edge: dimensions by name, row-major."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """One op as a device is asked for it, before anything is opened.
+
+    ``dims`` holds upper bounds by dimension name, ``parameters`` the op's keyword arguments.
+    """
+
+    op: str
+    dtype: str
+    dims: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, Scalar] = field(default_factory=dict)
+    weight_format: str | None = None
+    kv_format: str | None = None
+
+    def __str__(self) -> str:
+        dims = ",".join(f"{k}={v}" for k, v in {**self.dims, **self.parameters}.items())
+        return f"{self.op}[{self.dtype}{',' if dims else ''}{dims}]"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """The KV cache of one layer. ``blocks`` counts logical blocks of 128 tokens."""
+
+    kv_heads: int
+    head_dim: int
+    blocks: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of keys and values together."""
+        row = 2 * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+        return self.blocks * LOGICAL_BLOCK * row
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Upper bounds of one micro-batch; buffers are sized by them once."""
+
+    tokens: int
+    seqs: int
+    blocks_per_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedSpec:
+    """Token rows, with image rows merged in. token_ids, [image_rows, image_index] -> x."""
+
+    kind: ClassVar[Literal["embed"]] = "embed"
+    dtype: str
+    vocab: int
+    hidden: int
+    batch_invariant: bool = False
+
+    def ops(self, weight_format: str) -> tuple[OpSpec, ...]:
+        """Return the ops this stage is made of, for ``Backend.supports``."""
+        dims = {"vocab": self.vocab, "hidden": self.hidden}
+        return (
+            OpSpec("embed", self.dtype, dims, weight_format=weight_format),
+            OpSpec("merge_rows", self.dtype, {"hidden": self.hidden}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """How an attention stage of a MoE layer chooses experts. ``logits_dtype``: design decision 4."""
+
+    experts: int
+    top_k: int
+    renormalise: bool
+    logits_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """MFA, with the norms around it and, in a MoE layer, the router. x, [y] -> x, u, [weights, ids].
+
+    ``adds``: the stage first adds y, the FFN output of the layer before; the first layer has none.
+    """
+
+    kind: ClassVar[Literal["attention"]] = "attention"
+    dtype: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_rank: int
+    eps: float
+    theta: float
+    max_positions: int
+    adds: bool
+    router: RouterSpec | None = None
+    batch_invariant: bool = False
+
+    @property
+    def scale(self) -> float:
+        """Return the factor on q·k."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Return the columns of q_low, k and v in the fused projection's output."""
+        return self.q_rank, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+    def ops(self, weight_format: str) -> tuple[OpSpec, ...]:
+        """Return the ops this stage is made of, for ``Backend.supports``."""
+        heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        shapes = [
+            (self.hidden, sum(self.widths)),
+            (self.q_rank, self.heads * self.head_dim),
+            (self.heads * self.head_dim, self.hidden),
+        ]
+        ops = [OpSpec("rms_norm", self.dtype, {"hidden": self.hidden}, {"eps": self.eps})]
+        ops += [_linear(self.dtype, k, n, weight_format) for k, n in shapes]
+        ops += [
+            OpSpec("rope", self.dtype, heads, {"theta": self.theta}),
+            OpSpec("attention", self.dtype, heads, {"scale": self.scale}, kv_format=self.dtype),
+            OpSpec("add", self.dtype, {"hidden": self.hidden}),
+        ]
+        return (*ops, *self._router_ops())
+
+    def _router_ops(self) -> tuple[OpSpec, ...]:
+        r = self.router
+        if r is None:
+            return ()
+        parameters: dict[str, Scalar] = {"top_k": r.top_k, "renormalise": r.renormalise}
+        return (
+            _linear(self.dtype, self.hidden, r.experts, "auto", out_dtype=r.logits_dtype),
+            OpSpec("route", wide(self.dtype), {"experts": r.experts}, parameters),
+            OpSpec("cast", wide(self.dtype), {}, {"dtype": self.dtype}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FfnSpec:
+    """One layer's FFN, stateless. u, [weights, ids] -> y. ``experts`` 0 is the dense SwiGLU.
+
+    ``inter`` is the width of one expert (of the dense FFN when there are none), ``shared_inter``
+    that of the shared expert.
+    """
+
+    kind: ClassVar[Literal["ffn"]] = "ffn"
+    dtype: str
+    hidden: int
+    inter: int
+    experts: int = 0
+    top_k: int = 0
+    shared_inter: int = 0
+    batch_invariant: bool = False
+
+    def ops(self, weight_format: str) -> tuple[OpSpec, ...]:
+        """Return the ops this stage is made of, for ``Backend.supports``."""
+        width = self.shared_inter if self.experts else self.inter
+        ops = (
+            _linear(self.dtype, self.hidden, 2 * width, weight_format),
+            OpSpec("swiglu", self.dtype, {"inter": width}),
+            _linear(self.dtype, width, self.hidden, weight_format),
+        )
+        if not self.experts:
+            return ops
+        dims = {"experts": self.experts, "top_k": self.top_k, "hidden": self.hidden}
+        dims["inter"] = self.inter
+        experts = OpSpec("experts", self.dtype, dims, weight_format=weight_format)
+        return (*ops, experts, OpSpec("add", self.dtype, {"hidden": self.hidden}))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """Final norm and lm_head on the selected rows. x, y, rows -> logits (float32 or float64)."""
+
+    kind: ClassVar[Literal["head"]] = "head"
+    dtype: str
+    hidden: int
+    vocab: int
+    eps: float
+    batch_invariant: bool = False
+
+    def ops(self, weight_format: str) -> tuple[OpSpec, ...]:
+        """Return the ops this stage is made of, for ``Backend.supports``."""
+        return (
+            OpSpec("add", self.dtype, {"hidden": self.hidden}),
+            OpSpec("select_rows", self.dtype, {"hidden": self.hidden}),
+            OpSpec("rms_norm", self.dtype, {"hidden": self.hidden}, {"eps": self.eps}),
+            _linear(self.dtype, self.hidden, self.vocab, "auto"),
+            OpSpec("cast", self.dtype, {}, {"dtype": wide(self.dtype)}),
+            OpSpec("sample", wide(self.dtype), {"vocab": self.vocab}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """The vision tower, both downsamplers and the projector. pixels -> rows."""
+
+    kind: ClassVar[Literal["vision"]] = "vision"
+    dtype: str
+    channels: int
+    width: int
+    layers: int
+    heads: int
+    inter: int
+    patch: int
+    image_size: int
+    down_width: int
+    hidden: int
+    stride: int
+    eps: float
+    batch_invariant: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """Return the columns of one head."""
+        return self.width // self.heads
+
+    def ops(self, weight_format: str) -> tuple[OpSpec, ...]:
+        """Return the ops this stage is made of, for ``Backend.supports``."""
+        shapes = [(self.width, 3 * self.width), (self.width, self.width)]
+        shapes += [(self.width, self.inter), (self.inter, self.width)]
+        heads = {"heads": self.heads, "head_dim": self.head_dim}
+        return (
+            OpSpec("conv2d", self.dtype, {"width": self.width}, {"stride": self.patch}),
+            OpSpec("resize", self.dtype, {"width": self.width}),
+            *(_linear(self.dtype, k, n, "auto") for k, n in shapes),
+            OpSpec("self_attention", self.dtype, heads),
+            OpSpec("layer_norm", self.dtype, {"width": self.width}, {"eps": self.eps}),
+            OpSpec("quick_gelu", self.dtype, {"inter": self.inter}),
+            OpSpec("add", self.dtype, {"width": self.width}),
+            _linear(self.dtype, 2 * self.down_width, self.hidden, "auto"),
+        )
+
+
+StageSpec = EmbedSpec | VisionSpec | AttentionSpec | FfnSpec | HeadSpec
+
+SPEC_OF_KIND: Mapping[str, type[StageSpec]] = MappingProxyType(
+    {s.kind: s for s in (EmbedSpec, VisionSpec, AttentionSpec, FfnSpec, HeadSpec)}
+)
+
+
+def _linear(
+    dtype: str, columns: int, rows: int, weight_format: str, out_dtype: str | None = None
+) -> OpSpec:
+    parameters: dict[str, Scalar] = {"out_dtype": out_dtype or dtype}
+    dims = {"in": columns, "out": rows}
+    return OpSpec("linear", dtype, dims, parameters, weight_format=weight_format)
