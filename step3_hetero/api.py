@@ -159,7 +159,7 @@ def open_devices(placement: Placement) -> dict[tuple[str, int], Device]:
         if role.device not in opened:
             if reason := role.backend.why_unavailable():
                 raise PlacementError(
-                    f"role {role.name!r}: backend {role.backend.name!r} has no device here: {reason}"
+                    f"role {role.name!r}: backend {role.backend.name!r} has no device: {reason}"
                 )
             opened[role.device] = role.backend.open(role.index, role.options)
     return opened

@@ -50,7 +50,7 @@ class Dtypes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What is known of one device without opening it. Figures not measured or published are None."""
+    """What is known of a device without opening it. None: not measured, not published."""
 
     name: str
     description: str
@@ -71,7 +71,7 @@ class Memory:
 
 
 class Weights(ABC):
-    """Checkpoint tensors in the form the device wants: packed, fused, dequantised. Opaque outside it.
+    """Checkpoint tensors as the device wants them: packed, fused, dequantised. Opaque outside.
 
     ``method`` says what was done ("packed fp32"), ``digest`` names the source bytes.
     """
@@ -248,7 +248,7 @@ class Device(ABC):
         return compose(self, spec, weights, cache, limits)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Return host memory from which copies to this device are fastest (pinned, if it matters)."""
+        """Return host memory from which copies to the device are fastest: pinned, if it matters."""
         return np.empty(nbytes, np.uint8)
 
     def copy_in(self, host: HostArray, out: Array) -> Event:

@@ -1,4 +1,4 @@
-"""Stages composed of a device's kernels: the meaning of every stage, and the default for any backend.
+"""Stages composed of a device's kernels: every stage's meaning, and the default for any backend.
 
 A fused stage must give what these give, up to rounding; conformance holds one against the other.
 """
@@ -245,7 +245,7 @@ class PerRow(Stage):
         self.meta = meta
 
     def run(self, inputs: Named, out: Named | None = None) -> Named:
-        """Run row by row, in order, so that a row's keys are cached before the next row reads them."""
+        """Run row by row, in order: a row's keys are cached before the next one reads them."""
         rows = inputs[self.ROWS[self.spec.kind]].shape[0]
         if rows == 0:
             if self.meta is not None:
@@ -287,7 +287,7 @@ def compose(
 
 
 def invariant(device: Device, stage: Stage) -> Stage:
-    """Wrap ``stage`` in PerRow where its spec asks for batch invariance; a look-up has it anyway."""
+    """Wrap ``stage`` in PerRow if its spec asks for invariance; a look-up has it anyway."""
     if stage.spec.batch_invariant and stage.spec.kind in PerRow.ROWS:
         return PerRow(device, stage)
     return stage

@@ -1,4 +1,4 @@
-"""What every op means: shapes, dtypes, order of rounding. Backends implement these and nothing else.
+"""What every op means: shapes, dtypes, order of rounding. Backends implement these, nothing else.
 
 An op is called with device arrays by position and parameters by keyword, and returns new arrays.
 ``T`` is the activation dtype, ``W = promote_types(T, float32)`` the dtype of sums. Unless an entry
@@ -83,15 +83,15 @@ _OPS = (
     ),
     Op(
         "route",
-        "logits (tokens, experts) -> weights (tokens, top_k) logits' dtype, ids (tokens, top_k) int32",
-        "Softmax over all experts, then the top_k largest probabilities, in falling order; of equal "
+        "logits (tokens, experts) W -> weights (tokens, top_k) W, ids (tokens, top_k) int32",
+        "Softmax over all experts, then the top_k largest probabilities, falling; of equal "
         "ones the lower expert first. Without renormalise the weights of a row sum to less than 1.",
         ("top_k", "renormalise"),
     ),
     Op(
         "experts",
-        "u (tokens, hidden), weights (tokens, top_k) T, ids (tokens, top_k) int32, Weights[gate, up "
-        "(experts, inter, hidden), down (experts, hidden, inter)] -> (tokens, hidden) T",
+        "u (tokens, hidden), weights (tokens, top_k) T, ids (tokens, top_k) int32, Weights[gate, "
+        "up (experts, inter, hidden), down (experts, hidden, inter)] -> (tokens, hidden) T",
         "Σ_j weights[j] · down_j(silu(gate_j·u) · up_j·u). The products with gate, up and down are "
         "rounded to T as linear and swiglu do; the weighted sum is in W. Id -1 adds nothing.",
         prepared=True,
@@ -130,7 +130,7 @@ _OPS = (
     Op("quick_gelu", "x -> x's shape, T", "x · sigmoid(1.702 x)."),
     Op(
         "conv2d",
-        "x (images, height, width, channels), Weights[out, channels, k, k] -> (images, h, w, out) T",
+        "x (images, height, width, channels), Weights[out, channels, k, k] -> (images, h, w, out)",
         "Cross-correlation with bias, stride and zero padding alike on both axes; channels last.",
         ("stride", "padding"),
         prepared=True,

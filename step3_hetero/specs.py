@@ -1,4 +1,4 @@
-"""Plain data that the graph and every backend share: what is stored, and what is asked of a device.
+"""Plain data that graph and backends share: what is stored, and what is asked of a device.
 
 Dimensions carry one set of names everywhere: tokens, seqs, hidden, heads, kv_heads, head_dim,
 experts, top_k, inter, blocks, block_size, vocab, layers. Dtypes are NumPy names; ``bfloat16`` and
@@ -131,7 +131,7 @@ class EmbedSpec:
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """How an attention stage of a MoE layer chooses experts. ``logits_dtype``: design decision 4."""
+    """How an attention stage of a MoE layer chooses experts, and the dtype of its logits."""
 
     experts: int
     top_k: int
@@ -141,7 +141,7 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """MFA, with the norms around it and, in a MoE layer, the router. x, [y] -> x, u, [weights, ids].
+    """MFA, the norms around it and, in a MoE layer, the router. x, [y] -> x, u, [weights, ids].
 
     ``adds``: the stage first adds y, the FFN output of the layer before; the first layer has none.
     """

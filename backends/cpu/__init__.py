@@ -51,7 +51,9 @@ class CpuBackend(Backend):
         check_options("cpu", options, OPTIONS)
         threads = options.get("threads")
         if threads is not None and (type(threads) is not int or threads < 1):
-            raise ConfigError(f"backend 'cpu', option threads: {threads!r} refused; allowed: 1 or more")
+            raise ConfigError(
+                f"backend 'cpu', option threads: {threads!r} refused; allowed: 1 or more"
+            )
         if reason := self.why_unavailable():
             raise PlacementError(f"backend cpu: {reason}")
         if index != 0:

@@ -1,4 +1,4 @@
-"""Moving rows about, casting and quantising them. See ``reference.rows`` and ``reference.quant``."""
+"""Rows moved, cast and quantised. See ``reference.rows`` and ``reference.quant``."""
 
 from __future__ import annotations
 

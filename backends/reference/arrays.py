@@ -1,4 +1,4 @@
-"""Array types and the two dtypes of a kernel: the activation's own and the one its sums are kept in."""
+"""Array types, and a kernel's two dtypes: the activation's and that of its sums."""
 
 from __future__ import annotations
 

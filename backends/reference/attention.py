@@ -52,7 +52,7 @@ class ReferenceCache(KVCache):
         return self._blocked(self.k)[chosen], self._blocked(self.v)[chosen]
 
     def gather(self, blocks: Int32, length: int) -> tuple[Float, Float]:
-        """Return the first ``length`` keys and values of a sequence, (length, kv_heads, head_dim)."""
+        """Return a sequence's first keys and values, each (length, kv_heads, head_dim)."""
         k, v = (self._blocked(stored)[blocks] for stored in (self.k, self.v))
         flat = (-1, self.spec.kv_heads, self.spec.head_dim)
         return k.reshape(flat)[:length], v.reshape(flat)[:length]
@@ -95,7 +95,7 @@ def self_attention(q: Float, k: Float, v: Float, *, scale: float) -> Float:
 
 
 def attend(q: Float, k: Float, v: Float, visible: HostArray, scale: float) -> Float:
-    """Return softmax(scale · q·kᵀ)·v with invisible keys left out; a row that sees none gives zeros.
+    """Return softmax(scale · q·kᵀ)·v over the visible keys; a row that sees none gives zeros.
 
     Shapes: q (queries, heads, head_dim), k, v (keys, kv_heads, head_dim), visible (queries, keys)
     bool -> (queries, heads, head_dim), dtype of q.

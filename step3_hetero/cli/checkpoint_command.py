@@ -54,5 +54,7 @@ def quantise(source: str, out: str) -> None:
     from step3_hetero.model.quantise import quantise_checkpoint
 
     with progress("quantising tensors", None) as advance:
-        quantise_checkpoint(Path(source), Path(out), on_progress=lambda name, done, total: advance(done))
+        quantise_checkpoint(
+            Path(source), Path(out), on_progress=lambda name, done, total: advance(done)
+        )
     click.echo(f"wrote {out}")

@@ -155,8 +155,9 @@ class Document:
         """Return the mapping that holds the last key of ``path``, made where it is left out."""
         if path[0] == "roles" and len(path) > 1:
             roles = self.values.get("roles")
-            known = ", ".join(roles) if isinstance(roles, dict) and roles else "none"
-            if not isinstance(roles, dict) or path[1] not in roles:
+            names = roles if isinstance(roles, dict) else {}
+            if path[1] not in names:
+                known = ", ".join(role for role in names if role.isprintable()) or "none"
                 raise ConfigError(f"{name}: unknown role {shown(path[1])}; roles: {known}")
         target = self.values
         for depth, key in enumerate(path[:-1], start=1):

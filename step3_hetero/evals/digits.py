@@ -13,10 +13,11 @@ from PIL import Image
 
 from step3_hetero.errors import ConfigError
 from step3_hetero.runtime.engine import Engine
-from step3_hetero.runtime.request import Completion, SamplingParams
+from step3_hetero.runtime.request import Completion, Request, SamplingParams
 
 SINGLE = "which digit is this ?"
 SUM = "what is the sum ?"
+SHORT = SamplingParams(max_tokens=8)
 SIDE = 32
 """Pixels of a drawn digit's side."""
 
@@ -25,7 +26,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Digits the model never saw. Shapes: images (n, 8, 8) uint8 0..16, labels (n,), pairs (m, 2)."""
+    """Digits the model never saw.
+
+    Shapes: images (n, 8, 8) uint8 0 to 16, labels (n,), pairs (m, 2) of places in images.
+    """
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
@@ -92,9 +96,12 @@ def evaluate(
 ) -> list[Score]:
     """Ask about every held-out digit and every fixed pair (the first ``limit`` of each)."""
     pictures = [draw_digit(i) for i in held.images]
-    singles = [((SINGLE, [p]), str(n)) for p, n in zip(pictures, held.labels, strict=True)]
+    singles = [
+        (Request(SINGLE, SHORT, [picture]), str(label))
+        for picture, label in zip(pictures, held.labels, strict=True)
+    ]
     sums = [
-        ((SUM, [pictures[a], pictures[b]]), str(held.labels[a] + held.labels[b]))
+        (Request(SUM, SHORT, [pictures[a], pictures[b]]), str(held.labels[a] + held.labels[b]))
         for a, b in held.pairs
     ]
     return [
@@ -104,10 +111,9 @@ def evaluate(
 
 
 def _score(
-    engine: Engine, name: str, asked: list[tuple[Any, str]], on_progress: Progress | None
+    engine: Engine, name: str, asked: list[tuple[Request, str]], on_progress: Progress | None
 ) -> Score:
-    params = SamplingParams(max_tokens=8)
-    done = engine.generate_all([q for q, _ in asked], params, on_progress=on_progress)
+    done = engine.generate_all([request for request, _ in asked], on_progress=on_progress)
     pairs = [(expected, c) for (_, expected), c in zip(asked, done, strict=True)]
     wrong = [(expected, c.text or "") for expected, c in pairs if answer_of(c) != expected]
     return Score(name, len(asked) - len(wrong), len(asked), wrong)

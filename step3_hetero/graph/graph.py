@@ -147,5 +147,5 @@ def _check_ports(stage: GraphStage, fed: Sequence[str]) -> None:
     for port in stage.takes:
         if fed.count(port.name) != 1:
             raise EdgeMismatch(
-                f"{stage.name}: tensor {port.name!r} is fed by {fed.count(port.name)} edges, not one"
+                f"{stage.name}: tensor {port.name!r} is fed by {fed.count(port.name)} edges, not 1"
             )

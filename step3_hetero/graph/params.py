@@ -1,4 +1,4 @@
-"""Which checkpoint tensors each stage holds, what the device makes of them, how they are sharded."""
+"""Which checkpoint tensors a stage holds, what a device makes of them, how they are sharded."""
 
 from __future__ import annotations
 

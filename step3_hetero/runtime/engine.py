@@ -22,6 +22,7 @@ from step3_hetero.runtime.request import (
     ImageLike,
     OnToken,
     PromptLike,
+    Request,
     SamplingParams,
 )
 from step3_hetero.runtime.scheduler import Scheduler, Share, assemble
@@ -75,16 +76,12 @@ class Engine:
 
     def generate_all(
         self,
-        prompts: Sequence[PromptLike | tuple[PromptLike, Sequence[ImageLike]]],
-        params: SamplingParams | None = None,
+        requests: Sequence[Request],
         *,
         on_progress: Progress | None = None,
     ) -> list[Completion]:
-        """Answer many prompts, batched; (prompt, images) where there are images."""
-        numbers = []
-        for prompt in prompts:
-            text, images = prompt if _has_images(prompt) else (prompt, ())
-            numbers.append(self.submit(text, params, images=images))  # type: ignore[arg-type] # told apart by _has_images
+        """Answer many requests, batched; the answers come in the order of the requests."""
+        numbers = [self.submit(r.prompt, r.params, images=r.images) for r in requests]
         return self.run(numbers, on_progress)
 
     def submit(
@@ -193,8 +190,8 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token")
         if room < (0 if all_rows else 1):
             raise RequestError(
-                f"the prompt has {prompt} tokens, the model's context is {context} and at least one "
-                "token has to be generated; shorten the prompt"
+                f"the prompt has {prompt} tokens, the model's context is {context} and at least "
+                "one token has to be generated; shorten the prompt"
             )
         max_new = 0 if all_rows else min(wanted, room)
         if not self.scheduler.fits(prompt + max_new):
@@ -231,7 +228,3 @@ class Engine:
 def total_tokens(completion: Completion) -> int:
     """Return the tokens a finished request generated."""
     return len(completion.token_ids)
-
-
-def _has_images(prompt: Any) -> bool:
-    return isinstance(prompt, tuple) and len(prompt) == 2 and not isinstance(prompt[0], int)

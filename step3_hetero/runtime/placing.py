@@ -21,12 +21,12 @@ DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 """NumPy's names for the config's dtypes."""
 
 KV_SHARE = 0.4
-"""The part of a device's memory left by weights that ``kv_blocks: auto`` may take."""
+"""The part of the memory that weights leave which ``kv_blocks: auto`` may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolePlan:
-    """One role: where it runs and what it holds. Bytes are those of weights at ``weight_format``."""
+    """One role: where it runs and what it holds. ``weight_bytes`` are at ``weight_format``."""
 
     name: str
     backend: Backend

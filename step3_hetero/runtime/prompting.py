@@ -1,4 +1,4 @@
-"""From what a caller gives to tokens and pixels, by the checkpoint's own tokenizer and constants."""
+"""From what a caller gives to tokens and pixels, by the checkpoint's tokenizer and constants."""
 
 from __future__ import annotations
 

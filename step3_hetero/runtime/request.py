@@ -13,6 +13,7 @@ from PIL import Image
 from step3_hetero.errors import RequestError
 from step3_hetero.runtime.microbatch import RowLogprobs
 
+PromptLike = str | Sequence[int]
 ImageLike = str | Path | bytes | Image.Image
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -59,6 +60,15 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """One of many prompts for ``Engine.generate_all``."""
+
+    prompt: PromptLike
+    params: SamplingParams = SamplingParams()
+    images: Sequence[ImageLike] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One generated token, as the streaming callback sees it. ``text`` is what became readable."""
 
@@ -93,6 +103,3 @@ class Completion:
             "prompt_tokens": self.prompt_tokens,
             "timings": dict(self.timings),
         }
-
-
-PromptLike = str | Sequence[int]

@@ -27,7 +27,12 @@ ODD = {
 }
 """Nothing here is a power of two that a kernel could be lucky with."""
 
-PLACEMENTS = [("cpu", "cpu"), ("reference", "reference"), ("cpu", "reference"), ("reference", "cpu")]
+PLACEMENTS = [
+    ("cpu", "cpu"),
+    ("reference", "reference"),
+    ("cpu", "reference"),
+    ("reference", "cpu"),
+]
 
 
 @pytest.fixture(scope="session")

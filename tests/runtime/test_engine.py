@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from step3_hetero.errors import RequestError
-from step3_hetero.runtime.request import SamplingParams
+from step3_hetero.runtime.request import Request, SamplingParams
 
 FREE = {"ignore_eos": True}
 
@@ -35,7 +35,7 @@ def test_sequences_of_different_lengths_batch_without_a_trace(engine_of, prompt)
     prompts = [prompt(n, seed=n) for n in lengths]
     params = SamplingParams(max_tokens=10, logprobs=0, **FREE)
     together = engine_of(batch_invariant=True, max_batch=4, prefill_chunk=50)
-    batch = together.generate_all(prompts, params)
+    batch = together.generate_all([Request(ids, params) for ids in prompts])
     alone = engine_of(batch_invariant=True)
     for ids, done in zip(prompts, batch, strict=True):
         single = alone.generate(ids, params)
@@ -100,10 +100,14 @@ def test_streaming_sees_every_token_in_order(engine_of, prompt):
 def test_more_requests_than_memory_wait_their_turn(engine_of, prompt):
     engine = engine_of(kv_blocks=3, max_batch=8)
     prompts = [prompt(100, seed=n) for n in range(7)]
-    done = engine.generate_all(prompts, SamplingParams(max_tokens=40, **FREE))
+    params = SamplingParams(max_tokens=40, **FREE)
+    done = engine.generate_all([Request(ids, params) for ids in prompts])
     roomy = engine_of()
     for ids, completion in zip(prompts, done, strict=True):
-        assert completion.token_ids == roomy.generate(ids, SamplingParams(max_tokens=40, **FREE)).token_ids
+        assert (
+            completion.token_ids
+            == roomy.generate(ids, SamplingParams(max_tokens=40, **FREE)).token_ids
+        )
     assert engine.scheduler.allocator.free == 3
 
 

@@ -6,7 +6,12 @@ from oracle.forward import load as load_oracle
 from oracle.forward import text_forward
 from oracle.random_checkpoint import write_checkpoint
 
-PLACEMENTS = [("cpu", "cpu"), ("reference", "reference"), ("cpu", "reference"), ("reference", "cpu")]
+PLACEMENTS = [
+    ("cpu", "cpu"),
+    ("reference", "reference"),
+    ("cpu", "reference"),
+    ("reference", "cpu"),
+]
 BOUND = 2e-5
 
 
@@ -94,7 +99,11 @@ def test_bfloat16_errs_like_bfloat16_and_no_more(engine_of, oracle, prompt, log_
     want = oracle(ids)
     rms = {
         backend: float(
-            np.sqrt(np.mean((log_softmax(engine_of(backend, backend, dtype="bf16").logits(ids)) - want) ** 2))
+            np.sqrt(
+                np.mean(
+                    (log_softmax(engine_of(backend, backend, dtype="bf16").logits(ids)) - want) ** 2
+                )
+            )
         )
         for backend in ("reference", "cpu")
     }

@@ -1,0 +1,69 @@
+"""A small Step-3 reads handwritten digits: attention on one backend, FFN on another.
+
+python examples/digits_demo.py
+python examples/digits_demo.py --set roles.f.backend=cpu
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from step3_hetero import load
+from step3_hetero.config import Config
+from step3_hetero.errors import Step3HeteroError
+
+HERE = Path(__file__).parent
+SINGLE, SUM = "which digit is this ?", "what is the sum ?"
+QUESTIONS = [
+    (SINGLE, ["7_held-out_0007.png"]),
+    (SINGLE, ["3_held-out_0003.png"]),
+    (SUM, ["8_held-out_0040.png", "5_held-out_0005.png"]),
+    (SUM, ["2_held-out_0002.png", "6_held-out_0095.png"]),
+]
+SHADES = " .:-=+*#%@"
+
+
+def picture(path: Path) -> Text:
+    """Draw an image with characters, two columns for each pixel of a 16 x 16 thumbnail."""
+    small = Image.open(path).convert("L").resize((16, 16), Image.Resampling.BILINEAR)
+    grey = [small.getpixel((x, y)) for y in range(16) for x in range(16)]
+    shade = [SHADES[value * (len(SHADES) - 1) // 255] * 2 for value in grey]
+    return Text("\n".join("".join(shade[row * 16 : row * 16 + 16]) for row in range(16)))
+
+
+def main(overrides: list[str]) -> None:
+    """Load the model, ask, print the answers and where each stage ran."""
+    console = Console()
+    engine = load(Config.read(HERE / "digits.yaml", overrides))
+    for question, names in QUESTIONS:
+        images = [HERE / "digits" / name for name in names]
+        answer = engine.generate(question, images=images)
+        panels = [Panel(picture(i), title=i.name, width=36) for i in images]
+        console.print(Columns(panels))
+        console.print(f"[bold]{question}[/]  {len(images)} image(s), held out from training")
+        console.print(f"  answer: [bold green]{answer.text}[/]\n", highlight=False)
+    console.print("[bold]placement[/] (examples/digits.yaml; change a backend there and run again)")
+    for role in engine.placement.to_json()["roles"]:
+        console.print(
+            f"  role {role['role']}: {role['stages']} on {role['device']}", highlight=False
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(
+            [
+                value
+                for flag, value in zip(sys.argv[1:], sys.argv[2:], strict=False)
+                if flag == "--set"
+            ]
+        )
+    except Step3HeteroError as error:
+        sys.exit(f"error: {error}")
