@@ -10,18 +10,19 @@ from typing import Any
 
 from step3_hetero.backend import Device
 from step3_hetero.config import Config
-from step3_hetero.errors import ConfigError, PlacementError
+from step3_hetero.errors import BackendNotFound, ConfigError, PlacementError
 from step3_hetero.graph import StageGraph, build_graph
 from step3_hetero.model.ablate import Ablated
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.model.config import FAMILIES, ModelConfig
 from step3_hetero.model.image import ImageConfig
 from step3_hetero.model.tokenizer import Tokenizer
+from step3_hetero.registry import get_backend
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.executor import Observer
 from step3_hetero.runtime.loader import OnStage, TensorSource, load_stages
 from step3_hetero.runtime.local import LocalExecutor
-from step3_hetero.runtime.placing import DTYPE, Placement, place
+from step3_hetero.runtime.placing import DTYPE, Placement, RolePlan, place
 from step3_hetero.runtime.prompting import Prompter
 
 
@@ -96,14 +97,33 @@ def resolve(config: Config, model: ModelConfig | None = None) -> Resolved:
         BackendNotFound, UnsupportedOp, PlacementError: the placement is impossible.
     """
     model = model or model_config(config)
+    graph = stage_graph(config, model)
+    _check_backends(config)
+    return Resolved(config, model, graph, place(config, model, graph))
+
+
+def _check_backends(config: Config) -> None:
+    for name, role in config.roles.items():
+        try:
+            get_backend(role.backend)
+        except BackendNotFound as cause:
+            raise BackendNotFound(f"{config.where(f'roles.{name}.backend')}: {cause}") from cause
+
+
+def stage_graph(config: Config, model: ModelConfig | None = None) -> StageGraph:
+    """Build the graph of a config's model; backends have no say in it.
+
+    Raises:
+        ConfigError: the config or the model's config.json is wrong.
+    """
+    model = model or model_config(config)
     asked = config.runtime.dtype
-    graph = build_graph(
+    return build_graph(
         model,
         dtype=model.dtype if asked == "model" else DTYPE[asked],
         router_logits=config.runtime.router_logits,
         batch_invariant=config.runtime.batch_invariant,
     )
-    return Resolved(config, model, graph, place(config, model, graph))
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -137,7 +157,7 @@ def _executor(
     resolved: Resolved, source: TensorSource, observer: Observer | None, on_stage: OnStage | None
 ) -> LocalExecutor:
     placement = resolved.placement
-    opened = open_devices(placement)
+    opened = open_devices(resolved)
     devices = {
         stage: (role, opened[placement.roles[role].device], placement.roles[role].weight_format)
         for stage, role in placement.role_of.items()
@@ -148,21 +168,40 @@ def _executor(
     return LocalExecutor(resolved.graph, stages, caches, placement.limits, observer)
 
 
-def open_devices(placement: Placement) -> dict[tuple[str, int], Device]:
+def open_devices(resolved: Resolved) -> dict[tuple[str, int], Device]:
     """Open each device once, however many roles share it.
 
     Raises:
         PlacementError: a device is not on this machine.
+        ConfigError: a device does not know an option, or roles that share it give it two values.
     """
     opened: dict[tuple[str, int], Device] = {}
-    for role in placement.roles.values():
+    first: dict[tuple[str, int], RolePlan] = {}
+    for role in resolved.placement.roles.values():
         if role.device not in opened:
-            if reason := role.backend.why_unavailable():
-                raise PlacementError(
-                    f"role {role.name!r}: backend {role.backend.name!r} has no device: {reason}"
-                )
-            opened[role.device] = role.backend.open(role.index, role.options)
+            opened[role.device] = _open(resolved.config, role)
+            first[role.device] = role
+        elif role.options != first[role.device].options:
+            raise resolved.config.error(
+                f"roles.{role.name}.options",
+                f"{dict(role.options)} differ from {dict(first[role.device].options)} of role "
+                f"{first[role.device].name!r} on the same device; write the same in both",
+            )
     return opened
+
+
+def _open(config: Config, role: RolePlan) -> Device:
+    """Open a role's device; whatever the backend refuses is told with its line of the config."""
+    if reason := role.backend.why_unavailable():
+        key, name = f"roles.{role.name}.backend", role.backend.name
+        raise PlacementError(f"{config.where(key)}: {key}: {name!r} has no device here: {reason}")
+    try:
+        return role.backend.open(role.index, role.options)
+    except ConfigError as cause:
+        raise config.error(f"roles.{role.name}.options", str(cause)) from cause
+    except PlacementError as cause:
+        key = f"roles.{role.name}.devices"
+        raise PlacementError(f"{config.where(key)}: {key}: {cause}") from cause
 
 
 def _prompter(model: ModelConfig, folder: Path) -> Prompter:

@@ -71,6 +71,8 @@ class OpSpec:
     """One op as a device is asked for it, before anything is opened.
 
     ``dims`` holds upper bounds by dimension name, ``parameters`` the op's keyword arguments.
+    ``weight_format`` is the dtype to which weights are rounded before use, ``auto`` (or None) none
+    but ``dtype``; how a device holds them beyond that is its own business.
     """
 
     op: str

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = "errors specs ops resample"
 CORE = f"{BASE} model graph backend composed registry"
 MAY_IMPORT = {
+    "": "api runtime",  # the front door: imports them when a name is first used
     "errors": "",
     "specs": "errors",
     "ops": "errors specs",

@@ -42,6 +42,9 @@ class ReferenceBackend(Backend):
             return f"no kernel for {spec.op!r}"
         if spec.dtype not in DTYPES.computed:
             return f"no arithmetic in {spec.dtype}; computes in {', '.join(DTYPES.computed)}"
+        if spec.weight_format not in {None, "auto", *DTYPES.computed}:
+            allowed = ", ".join(("auto", *DTYPES.computed))
+            return f"weights cannot be held as {spec.weight_format}; allowed: {allowed}"
         return None
 
     def reference_info(self, card: str | None) -> DeviceInfo:

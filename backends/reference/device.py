@@ -105,7 +105,7 @@ class ReferenceDevice(Device):
 
     def prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
         """Widen the tensors: a weight is exact in float32 whatever it is stored in."""
-        return linear.widen_tensors(tensors, spec.dtype)
+        return linear.widen_tensors(tensors, spec.dtype, spec.weight_format)
 
     def open_cache(self, spec: CacheSpec) -> attention.ReferenceCache:
         """Return a zeroed cache."""

@@ -28,10 +28,16 @@ class ReferenceWeights(Weights):
         self.nbytes = sum(part.nbytes for part in self.parts.values())
 
 
-def widen_tensors(tensors: Mapping[str, HostTensor], dtype: str) -> ReferenceWeights:
-    """Return each tensor in promote_types(dtype, float32), dequantised where it is block FP8."""
+def widen_tensors(
+    tensors: Mapping[str, HostTensor], dtype: str, weight_format: str | None = None
+) -> ReferenceWeights:
+    """Return each tensor in promote_types(dtype, float32), dequantised where it is block FP8.
+
+    With a ``weight_format`` the values are rounded to it first.
+    """
     target = dtype_of(wide(dtype))
-    parts = {name: dequantise_blocks(t).astype(target) for name, t in tensors.items()}
+    rounded = target if weight_format in (None, "auto") else dtype_of(str(weight_format))
+    parts = {n: dequantise_blocks(t).astype(rounded).astype(target) for n, t in tensors.items()}
     stored = ", ".join(sorted({t.dtype.name for t in tensors.values()}))
     return ReferenceWeights(parts, dtype, digest_of(tensors), f"{target.name} from {stored}")
 

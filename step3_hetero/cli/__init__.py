@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib import import_module
 
 import click
@@ -52,25 +53,45 @@ Examples:
 @click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="step3-hetero")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.pass_obj
+def cli(settings: dict[str, bool] | None, debug: bool) -> None:
     """Run Step-3 across devices of several vendors, as one config file says."""
+    if settings is not None:
+        settings["debug"] = debug
 
 
 def main() -> None:
-    """Run the command line; print an error of ours without its traceback.
+    """Run the command line; an error of ours is one line, and its traceback only on request.
 
-    Exit codes: 0 done, 1 failed, 2 bad input.
+    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped.
     """
+    settings = {"debug": False}
     try:
-        cli.main(standalone_mode=False)
+        cli.main(standalone_mode=False, obj=settings)
     except Step3HeteroError as error:
-        if "--debug" in sys.argv:
-            raise
-        click.echo(f"error: {error}", err=True)
+        if settings["debug"]:
+            traceback.print_exception(error)
+        click.echo(f"error: {_one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(
+            f"error: {_one_line(error.format_message()).rstrip('.')}{_help_of(error)}", err=True
+        )
         sys.exit(2)
     except click.Abort:
         click.echo("stopped", err=True)
         sys.exit(130)
+
+
+def _one_line(message: str) -> str:
+    """Return a message as one line: what libraries say may have several."""
+    return " ".join(message.split())
+
+
+def _help_of(error: click.ClickException) -> str:
+    """Return where the options of the command that was called wrongly are explained."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return f"; see {context.command_path} --help" if context else ""

@@ -33,9 +33,10 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
     from step3_hetero.api import open_devices, resolve
     from step3_hetero.config import Config
 
-    placement = resolve(Config.read(Path(config), list(overrides))).placement
+    resolved = resolve(Config.read(Path(config), list(overrides)))
     if here:
-        open_devices(placement)
+        open_devices(resolved)
+    placement = resolved.placement
     report = {**placement.to_json(), "here": True if here else None}
     if as_json:
         print_json(report)

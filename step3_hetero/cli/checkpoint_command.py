@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,11 +26,7 @@ def command() -> None:
 @json_option
 def inspect(path: str, as_json: bool) -> None:
     """Check every shard and list what a checkpoint holds, part by part."""
-    from step3_hetero.model.checkpoint import Checkpoint
-    from step3_hetero.model.config import ModelConfig
-
-    folder = Path(path)
-    summary = Checkpoint.open(folder, ModelConfig.read(folder)).summary().to_json()
+    summary = _summary(Path(path))
     if as_json:
         print_json(summary)
         return
@@ -37,11 +34,11 @@ def inspect(path: str, as_json: bool) -> None:
         (
             g["name"],
             g["tensors"],
-            f"{g['parameters']:,}",
+            f"{g['params']:,}",
             human_bytes(g["bytes"]),
             ", ".join(g["dtypes"]),
         )
-        for g in summary["groups"]
+        for g in [*summary["groups"], summary["total"]]
     ]
     print_table(path, ("part", "tensors", "parameters", "bytes", "dtypes"), rows)
 
@@ -49,12 +46,26 @@ def inspect(path: str, as_json: bool) -> None:
 @command.command("quantise")
 @click.argument("source", type=click.Path(file_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
-def quantise(source: str, out: str) -> None:
+@json_option
+def quantise(source: str, out: str, as_json: bool) -> None:
     """Write the block-FP8 copy of a checkpoint to a new folder."""
     from step3_hetero.model.quantise import quantise_checkpoint
 
-    with progress("quantising tensors", None) as advance:
+    with progress("quantising, bytes") as advance:
         quantise_checkpoint(
-            Path(source), Path(out), on_progress=lambda name, done, total: advance(done)
+            Path(source), Path(out), on_progress=lambda _, done, total: advance(done, total)
         )
-    click.echo(f"wrote {out}")
+    before, after = (_summary(Path(folder)) for folder in (source, out))
+    if as_json:
+        print_json({"path": out, "source": before, "written": after})
+        return
+    sizes = [human_bytes(s["total"]["bytes"]) for s in (before, after)]
+    click.echo(f"wrote {out}: {sizes[1]} of weights, from {sizes[0]}")
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """Open a checkpoint, which checks its headers, and return what it holds."""
+    from step3_hetero.model.checkpoint import Checkpoint
+    from step3_hetero.model.config import ModelConfig
+
+    return Checkpoint.open(folder, ModelConfig.read(folder)).summary().to_json()

@@ -47,8 +47,8 @@ def digits(
 
     held = HeldOut.read(checkpoint_folder(Config.read(config, overrides)))
     with load_engine(config, overrides, ablate=ablate) as engine:
-        with progress("answering", None) as advance:
-            scores = evaluate(engine, held, limit=limit, on_progress=lambda done, _: advance(done))
+        with progress("answering, tokens") as advance:
+            scores = evaluate(engine, held, limit=limit, on_progress=advance)
         placement = engine.placement.to_json()
     if as_json:
         listed = [s.to_json() for s in scores]

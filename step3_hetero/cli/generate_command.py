@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from step3_hetero.cli.loading import load_engine
-from step3_hetero.cli.options import config_argument, json_option, print_json, progress, set_option
+from step3_hetero.cli.options import (
+    Advance,
+    config_argument,
+    json_option,
+    print_json,
+    print_table,
+    progress,
+    set_option,
+)
 from step3_hetero.errors import RequestError
+
+if TYPE_CHECKING:
+    from step3_hetero.runtime.request import Token
 
 EPILOG = """\b
 Examples:
@@ -57,9 +71,8 @@ def command(
     question = _question(prompt, prompt_ids)
     params = SamplingParams(**sampling)
     with load_engine(config, overrides) as engine:
-        shown = None if as_json else _stream(params)
-        with progress("generating", params.max_tokens) as advance:
-            counter = _Counter(shown, advance)
+        with progress("generating, tokens", quiet=not as_json and sys.stdout.isatty()) as advance:
+            counter = _Counter(None if as_json else _show, advance, params.max_tokens)
             done = engine.generate(
                 question, params, images=[Path(i) for i in images], on_token=counter
             )
@@ -79,23 +92,19 @@ def command(
 class _Counter:
     """Counts tokens for the bar and passes them on."""
 
-    def __init__(self, shown: Any, advance: Any) -> None:
-        self.shown, self.advance, self.count = shown, advance, 0
+    def __init__(self, shown: Callable[[Token], None] | None, advance: Advance, most: int) -> None:
+        self.shown, self.advance, self.most, self.count = shown, advance, most, 0
 
-    def __call__(self, token: Any) -> None:
+    def __call__(self, token: Token) -> None:
         self.count += 1
-        self.advance(self.count)
+        self.advance(self.count, self.most)
         if self.shown is not None:
             self.shown(token)
 
 
-def _stream(params: Any) -> Any:
-    """Print text as it comes, unless a stop string may yet take some of it back."""
-
-    def show(token: Any) -> None:
-        click.echo(token.text, nl=False)
-
-    return show
+def _show(token: Token) -> None:
+    """Print text as it comes."""
+    click.echo(token.text, nl=False)
 
 
 def _question(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
@@ -107,19 +116,18 @@ def _question(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
         return [int(part) for part in str(prompt_ids).split(",")]
     except ValueError:
         raise RequestError(
-            f"--prompt-ids: {prompt_ids!r} refused; allowed: whole numbers with commas, as 1,2,3"
+            f"--prompt-ids: {short(prompt_ids)} refused; allowed: whole numbers with commas, as "
+            "1,2,3"
         ) from None
 
 
 def _print_logprobs(engine: Any, done: Any) -> None:
-    from step3_hetero.cli.options import print_table
-
     def word(number: int) -> str:
         text = engine.tokenizer.decode([number]) if engine.tokenizer else ""
         return f"{number} {text!r}" if text else str(number)
 
     rows = [
-        (word(t), f"{p.chosen:.4f}", ", ".join(f"{word(i)} {v:.4f}" for i, v in p.top))
+        (word(t), f"{p.chosen:z.4f}", ", ".join(f"{word(i)} {v:z.4f}" for i, v in p.top))
         for t, p in zip(done.token_ids, done.logprobs, strict=True)
     ]
     print_table("log-probabilities", ("token", "logprob", "most probable"), rows)

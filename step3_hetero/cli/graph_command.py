@@ -14,6 +14,7 @@ from step3_hetero.cli.options import (
     print_table,
     set_option,
 )
+from step3_hetero.errors import RequestError
 
 EPILOG = """\b
 Examples:
@@ -29,21 +30,32 @@ Examples:
 @set_option
 @json_option
 def command(config: str, svg: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Draw a model's stages and edges, coloured by role; like layers are one row."""
-    from step3_hetero.api import resolve
+    """Draw a model's stages and edges, coloured by role; like layers are one row.
+
+    No backend is asked: the roles' backends need not be installed.
+    """
+    from step3_hetero.api import stage_graph
     from step3_hetero.config import Config
     from step3_hetero.graph.draw import draw
 
-    resolved = resolve(Config.read(Path(config), list(overrides)))
-    graph, role_of = resolved.graph, resolved.placement.role_of
+    read = Config.read(Path(config), list(overrides))
+    graph = stage_graph(read)
+    role_of = read.assign([s.name for s in graph.stages])
     if svg:
-        Path(svg).write_text(draw(graph, role_of), encoding="utf-8")
+        _write(Path(svg), draw(graph, role_of))
         click.echo(f"wrote {svg}", err=True)
     if as_json:
         print_json(graph_json(graph, role_of))
     elif not svg:
         rows = [_group_row(group, role_of) for group in graph.groups()]
         print_table(graph.name, ("stages", "role", "takes", "gives", "weights"), rows)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as cause:
+        raise RequestError(f"--svg: {path} cannot be written: {cause.strerror}") from cause
 
 
 def _group_row(group: list[Any], role_of: Any) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ def load_engine(config: str, overrides: Sequence[str], **options: Any) -> Iterat
 
     read = Config.read(Path(config), list(overrides))
     loaded = 0
-    with progress("loading stages", None) as advance:
+    with progress("loading stages") as advance:
 
         def on_stage(name: str) -> None:
             nonlocal loaded

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+PIPED_WIDTH = 10_000
+"""Columns of a table that is not for a terminal."""
 
 config_argument = click.argument("config", type=click.Path(dir_okay=False))
 
@@ -40,7 +43,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table to the terminal's width; piped, it is as wide as it needs."""
+    """Print a table to the terminal's width; piped, every row is one line, however long."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +54,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
     console = Console()
-    Console(width=None if console.is_terminal else 160).print(table)
+    if not console.is_terminal:
+        console = Console(width=PIPED_WIDTH)
+    console.print(table, crop=False)
 
 
 def human_bytes(count: float) -> str:
@@ -69,21 +74,43 @@ def human_bytes(count: float) -> str:
     return f"{count / 1000:.1f} TB"
 
 
+class Advance(Protocol):
+    """Sets a bar."""
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Show how much is done, of how much where that is known."""
+
+
 @contextmanager
-def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error while it is a terminal; yield what sets it."""
+def progress(what: str, *, quiet: bool = False) -> Iterator[Advance]:
+    """Show a bar on standard error while it is a terminal; yield what sets it.
+
+    ``quiet`` hides it: a bar would be drawn into an answer that streams to the same terminal.
+    Standard output is never touched, so that a file gets the answer and nothing else.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
     ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(what, total=None)
+        yield lambda done, total=None: bar.update(task, completed=done, total=total)

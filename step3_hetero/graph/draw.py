@@ -16,8 +16,11 @@ from step3_hetero.specs import TensorSpec
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme, legible to colour-blind readers."""
 
-LEFT, RIGHT, TOP = 60, 440, 90
+LEFT, RIGHT, WIDTH = 100, 480, 770
 BOX, HIGH, STEP = 230, 58, 120
+LINE, BELOW_LEGEND = 24, 46
+GLYPH = 8
+"""About as wide as a letter of the legend."""
 INK, FAINT = "#1a1a1a", "#777777"
 
 
@@ -84,15 +87,18 @@ class _Picture:
     ) -> None:
         self.colour = colour
         self.role_of = role_of
-        width, height = RIGHT + BOX + 60, TOP + len(rows) * STEP
+        self.legend_places = _legend_places(colour)
+        self.top = self.legend_places[-1][1] + BELOW_LEGEND
+        width, height = WIDTH, self.top + (len(rows) - 1) * STEP + HIGH + 30
         self.svg = ET.Element(
             "svg",
             xmlns="http://www.w3.org/2000/svg",
             viewBox=f"0 0 {width} {height}",
             width=str(width),
             height=str(height),
-            style="background:#ffffff;font-family:system-ui,sans-serif",
+            style="font-family:system-ui,sans-serif",
         )
+        ET.SubElement(self.svg, "rect", width="100%", height="100%", fill="#ffffff")
         self._arrowheads()
 
     def _arrowheads(self) -> None:
@@ -113,15 +119,14 @@ class _Picture:
     def legend(self, model: str) -> None:
         """Write the model's name and a swatch for each role."""
         self.text(LEFT, 30, model, size=18, weight="600")
-        for number, (role, colour) in enumerate(self.colour.items()):
-            x = LEFT + number * 130
-            box = {"x": x, "y": 44, "width": 16, "height": 16, "rx": 3}
+        for (x, y), (role, colour) in zip(self.legend_places, self.colour.items(), strict=True):
+            box = {"x": x, "y": y, "width": 16, "height": 16, "rx": 3}
             ET.SubElement(self.svg, "rect", {k: str(v) for k, v in box.items()}, fill=colour)
-            self.text(x + 24, 57, f"role {role}", size=13)
+            self.text(x + 24, y + 13, f"role {role}", size=13)
 
     def row(self, number: int, row: Row) -> None:
         """Draw a row's boxes and the A2F edge between them."""
-        y = TOP + number * STEP
+        y = self.top + number * STEP
         self.box(LEFT, y, row.left, row)
         if row.right is not None:
             self.box(RIGHT, y, row.right, row)
@@ -130,19 +135,14 @@ class _Picture:
             self.text(
                 (LEFT + BOX + RIGHT) / 2, y + 13, "A2F", size=12, anchor="middle", weight="600"
             )
-            self.text(
-                (LEFT + BOX + RIGHT) / 2,
-                y + 35,
-                _names(row.right.takes),
-                size=11,
-                anchor="middle",
-                fill=FAINT,
-            )
+            for line, tensor in enumerate(row.right.takes):
+                middle, below = (LEFT + BOX + RIGHT) / 2, y + 34 + 13 * line
+                self.text(middle, below, _name(tensor), size=11, anchor="middle", fill=FAINT)
 
     def onward(self, number: int, row: Row, after: Row) -> None:
         """Draw what goes on to the next row: x straight down, y back from the FFN."""
-        y = TOP + number * STEP + HIGH
-        end = TOP + (number + 1) * STEP - 2
+        y = self.top + number * STEP + HIGH
+        end = self.top + (number + 1) * STEP - 2
         x = LEFT + 50
         self.arrow(f"M{x} {y} V{end}", self._crosses(row.left, after.left))
         self.text(x - 8, y + 36, _names(row.left.gives[:1]), size=11, fill=FAINT, anchor="end")
@@ -214,4 +214,25 @@ def _count(stage: GraphStage, row: Row) -> str:
 
 
 def _names(tensors: Iterable[TensorSpec]) -> str:
-    return ", ".join(f"{t.name} {t.dtype}" for t in tensors)
+    return ", ".join(map(_name, tensors))
+
+
+def _name(tensor: TensorSpec) -> str:
+    return f"{tensor.name} {tensor.dtype}"
+
+
+def _legend_places(roles: Iterable[str]) -> list[tuple[int, int]]:
+    """Return x and y of each role's swatch: side by side, in a new line where it gets narrow.
+
+    >>> _legend_places(["a", "f"])
+    [(100, 44), (196, 44)]
+    """
+    places: list[tuple[int, int]] = []
+    x, y = LEFT, 44
+    for role in roles:
+        step = 48 + GLYPH * len(f"role {role}")
+        if x > LEFT and x + step > WIDTH:
+            x, y = LEFT, y + LINE
+        places.append((x, y))
+        x += step
+    return places

@@ -25,7 +25,9 @@ class Param:
     """One weight of a stage: checkpoint tensors and what the device makes of them.
 
     ``tensors`` maps the name the op knows a tensor by to the checkpoint's; ``spec`` is None for a
-    plain array (norm scales), which is only cast.
+    plain array (norm scales), which is only cast. ``compressible`` weights follow the role's
+    ``weights`` key; the others (router, lm_head, embeddings, vision) keep the activations' dtype,
+    as the published block-FP8 checkpoint keeps them.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Param:
     shapes: Mapping[str, tuple[int, ...]]
     spec: OpSpec | None = None
     shard: Shard = "replicate"
+    compressible: bool = False
 
     @property
     def elements(self) -> int:

@@ -7,7 +7,7 @@ from functools import cache
 
 from step3_hetero.graph.graph import Param, Shard
 from step3_hetero.model.config import ModelConfig
-from step3_hetero.model.layout import tensor_shapes
+from step3_hetero.model.layout import is_fp8_linear, tensor_shapes
 from step3_hetero.specs import (
     AttentionSpec,
     EmbedSpec,
@@ -35,9 +35,11 @@ class _Maker:
         self, name: str, *tensors: str, shard: Shard = "replicate", out_dtype: str | None = None
     ) -> Param:
         """Return matrices that share their input, outputs side by side."""
+        compressible = all(is_fp8_linear(self.prefix + t) for t in tensors)
         named = {t.rsplit(".", 1)[0].rsplit(".", 1)[-1]: t for t in tensors}
         parameters: dict[str, Scalar] = {"out_dtype": out_dtype or self.dtype}
-        return self._param(name, named, OpSpec("linear", self.dtype, {}, parameters), shard)
+        spec = OpSpec("linear", self.dtype, {}, parameters)
+        return self._param(name, named, spec, shard, compressible)
 
     def biased(self, name: str, op: str, stem: str) -> Param:
         """Return a weight and, when the layout has one, its bias."""
@@ -53,14 +55,19 @@ class _Maker:
     def experts(self, name: str, stem: str) -> Param:
         """Return the stacked experts."""
         named = {part: f"{stem}.{part}_proj.weight" for part in ("gate", "up", "down")}
-        return self._param(name, named, OpSpec("experts", self.dtype), "experts")
+        return self._param(name, named, OpSpec("experts", self.dtype), "experts", True)
 
     def _param(
-        self, name: str, tensors: Mapping[str, str], spec: OpSpec | None, shard: Shard
+        self,
+        name: str,
+        tensors: Mapping[str, str],
+        spec: OpSpec | None,
+        shard: Shard,
+        compressible: bool = False,
     ) -> Param:
         full = {key: self.prefix + tensor for key, tensor in tensors.items()}
         shapes = {key: self.shapes[tensor] for key, tensor in full.items()}
-        return Param(name, full, shapes, spec, shard)
+        return Param(name, full, shapes, spec, shard, compressible)
 
 
 @cache

@@ -23,6 +23,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8: {cause}") from cause
     except json.JSONDecodeError as cause:
         raise ConfigError(f"{path}:{cause.lineno}: not JSON: {cause.msg}") from cause
+    except ValueError as cause:  # a whole number of more digits than Python reads
+        raise ConfigError(f"{path}: cannot be read: {cause}") from cause
     except RecursionError as cause:
         raise ConfigError(f"{path}: nested too deeply") from cause
     if not isinstance(value, dict):

@@ -65,7 +65,8 @@ def _prepare(
     tensors = {key: source.tensor(name) for key, name in param.tensors.items()}
     if param.spec is None:
         return device.from_host(tensors["value"].data, node.spec.dtype)
-    return device.prepare(param.spec.op, tensors, replace(param.spec, weight_format=weight_format))
+    held = weight_format if param.compressible else "auto"
+    return device.prepare(param.spec.op, tensors, replace(param.spec, weight_format=held))
 
 
 def open_cache(device: Device, node: GraphStage, kv_blocks: int) -> KVCache | None:

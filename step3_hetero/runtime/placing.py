@@ -199,7 +199,8 @@ def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
     """Return the bytes of a stage's weights; the router is held in float32."""
     total = 0
     for param in stage.params:
-        dtype = stage.spec.dtype if weight_format == "auto" else weight_format
+        follows = param.compressible and weight_format != "auto"
+        dtype = weight_format if follows else stage.spec.dtype
         if param.name == "router" and param.spec is not None:
             dtype = str(param.spec.parameters["out_dtype"])
         total += param.elements * itemsize(dtype)

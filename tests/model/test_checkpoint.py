@@ -26,7 +26,6 @@ NORM = "model.norm.weight"
 @pytest.fixture
 def refusal(open_checkpoint):
     """Return the message with which opening a folder is refused."""
-
     def refusal(folder):
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(folder)

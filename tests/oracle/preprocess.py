@@ -46,6 +46,7 @@ class Prepared:
 
 def preprocess(image: Image.Image, c: Constants = RELEASE) -> Prepared:
     """Prepare one picture; the rows of its crops come before those of its view."""
+    names = layout(image.size, c)
     image = image.convert("RGB")
     if image.size != padded_size(image.size, c):
         square = Image.new("RGB", padded_size(image.size, c))  # black
@@ -56,12 +57,15 @@ def preprocess(image: Image.Image, c: Constants = RELEASE) -> Prepared:
     return Prepared(
         view=to_floats(image, c.view, c),
         crops=np.stack(crops) if crops else np.zeros((0, 3, c.crop, c.crop)),
-        layout=layout(image.size, c),
+        layout=names,
     )
 
 
 def layout(size: Size, c: Constants = RELEASE) -> list[str]:
-    """Name the tokens that stand for a picture of this size (before or after padding)."""
+    """Name the tokens that stand for a picture of this size, before padding and limiting.
+
+    The order matters: what only limiting makes thin is not padded.
+    """
     size = limited_size(padded_size(size, c), c)
     columns, rows = crop_grid(size, c)
     crop = ["<patch_start>", *["<im_patch>"] * token_count(c.crop, c.patch), "<patch_end>"]
