@@ -133,6 +133,7 @@ def checkpoint_folder(config: Config) -> Path:
         ConfigError: the config names a family, which has no weights.
     """
     if config.model_path is None:
+        model_config(config)  # refuses what is no family either
         raise config.error(
             "model",
             f"{config.model!r} is a family without weights: enough for check and graph; give a "

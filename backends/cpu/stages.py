@@ -53,7 +53,8 @@ class CpuAttention(Stage):
         q = rotate(q, cos, sin)
         k = rotate(k.view(-1, s.kv_heads, s.head_dim), cos, sin)
         self.cache.write(k, v.view(-1, s.kv_heads, s.head_dim), batch)
-        return att.attention(q, self.cache, batch, scale=s.scale).view(h.shape[0], -1)
+        out = att.attention(q, self.cache, batch, scale=s.scale)
+        return out.view(-1, s.heads * s.head_dim)
 
     def _route(self, u: Tensor) -> Named:
         r = self.spec.router

@@ -67,7 +67,7 @@ def main() -> None:
     """
     settings = {"debug": False}
     try:
-        cli.main(standalone_mode=False, obj=settings)
+        cli.main(prog_name="step3-hetero", standalone_mode=False, obj=settings)
     except Step3HeteroError as error:
         if settings["debug"]:
             traceback.print_exception(error)

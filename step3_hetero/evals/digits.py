@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,22 @@ class HeldOut:
         path = model / "eval" / "held_out.npz"
         if not path.is_file():
             raise ConfigError(f"{path}: not found; eval digits needs a model with held-out digits")
-        with np.load(path, allow_pickle=False) as held:
-            return cls(held["images"], held["labels"].astype(int), held["pairs"].astype(int))
+        try:
+            with np.load(BytesIO(path.read_bytes()), allow_pickle=False) as held:
+                images, labels, pairs = (held[name] for name in ("images", "labels", "pairs"))
+        except Exception as cause:  # NumPy and zipfile raise half a dozen kinds
+            raise ConfigError(f"{path}: cannot be read: {cause}") from cause
+        shapes = (images.shape, labels.shape, pairs.shape)
+        expected = ((len(images), 8, 8), (len(images),), (len(pairs), 2))
+        whole = all(np.issubdtype(a.dtype, np.integer) for a in (images, labels, pairs))
+        if shapes != expected or not whole:
+            raise ConfigError(
+                f"{path}: images {shapes[0]}, labels {shapes[1]} and pairs {shapes[2]} refused; "
+                "expected whole numbers of shapes (n, 8, 8), (n,) and (m, 2)"
+            )
+        if pairs.size and not 0 <= pairs.min() <= pairs.max() < len(images):
+            raise ConfigError(f"{path}: pairs: expected 0 to {len(images) - 1}, found others")
+        return cls(images, labels.astype(int), pairs.astype(int))
 
 
 @dataclass(frozen=True)

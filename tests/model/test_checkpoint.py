@@ -26,6 +26,7 @@ NORM = "model.norm.weight"
 @pytest.fixture
 def refusal(open_checkpoint):
     """Return the message with which opening a folder is refused."""
+
     def refusal(folder):
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(folder)

@@ -90,43 +90,45 @@ class Stacked(nn.Module):
 class Experts(nn.Module):
     """The routed experts.
 
-    While training every expert is computed and the unchosen ones weigh nothing: the same value as
-    sending each token to its experts, and faster at this size. ``balance`` is the load-balance loss
-    of the last call and ``load`` the share of choices that each expert got.
+    ``balance`` is the load-balance loss of the last call and ``load`` the share of the choices that
+    each expert got in it.
     """
 
     def __init__(self, shape: TextShape) -> None:
         super().__init__()
-        experts, hidden, inter = (
-            shape.moe_num_experts,
-            shape.hidden_size,
-            shape.moe_intermediate_size,
-        )
+        experts, inter = shape.moe_num_experts, shape.moe_intermediate_size
         self.top_k = shape.moe_top_k
-        self.gate = nn.Linear(hidden, experts, bias=False)
-        self.gate_proj = Stacked(experts, inter, hidden)
-        self.up_proj = Stacked(experts, inter, hidden)
-        self.down_proj = Stacked(experts, hidden, inter)
+        self.gate = nn.Linear(shape.hidden_size, experts, bias=False)
+        self.gate_proj = Stacked(experts, inter, shape.hidden_size)
+        self.up_proj = Stacked(experts, inter, shape.hidden_size)
+        self.down_proj = Stacked(experts, shape.hidden_size, inter)
         self.balance, self.load = torch.zeros(()), torch.zeros(experts)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (seqs, tokens, hidden) -> the same."""
         rows = x.flatten(0, 1)
-        weights = self._route(rows)[..., None]  # (rows, experts, 1)
-        gate = rows @ self.gate_proj.weight.flatten(0, 1).T  # (rows, experts * inter)
-        up = rows @ self.up_proj.weight.flatten(0, 1).T
-        inner = (F.silu(gate) * up).unflatten(-1, (weights.shape[1], -1)) * weights
-        down = self.down_proj.weight.transpose(1, 2).flatten(0, 1)  # (experts * inter, hidden)
-        return (inner.flatten(1) @ down).view_as(x)
+        weights, ids = self._route(rows)
+        out = torch.zeros_like(rows)
+        for expert in range(len(self.load)):
+            row, rank = (ids == expert).nonzero(as_tuple=True)
+            y = self._expert(expert, rows.index_select(0, row))
+            out = out.index_add(0, row, y * weights[row, rank, None])
+        return out.view_as(x)
 
-    def _route(self, rows: Tensor) -> Tensor:
-        """Return each expert's weight, zero where not chosen; the chosen are not renormalised."""
+    def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (weights, ids) of the chosen experts; the weights are not renormalised.
+
+        Shapes: rows (tokens, hidden) -> (tokens, top_k) each.
+        """
         p = torch.softmax(self.gate(rows).float(), dim=-1)
-        top, chosen = p.topk(self.top_k, dim=-1)
-        empty = torch.zeros_like(p)
-        self.load = empty.scatter(-1, chosen, 1.0).mean(0) / self.top_k
+        weights, ids = p.topk(self.top_k, dim=-1)
+        self.load = torch.bincount(ids.flatten(), minlength=p.shape[-1]) / ids.numel()
         self.balance = p.shape[-1] * (self.load * p.mean(0)).sum()
-        return empty.scatter(-1, chosen, top).to(rows.dtype)
+        return weights.to(rows.dtype), ids
+
+    def _expert(self, expert: int, rows: Tensor) -> Tensor:
+        gate, up, down = (m.weight[expert] for m in (self.gate_proj, self.up_proj, self.down_proj))
+        return F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
 
 
 class Block(nn.Module):

@@ -26,9 +26,9 @@ Report = Callable[[int, float], None]
 class Recipe:
     """Everything that decides the result, beside the code and the data."""
 
-    steps: int = 3600
+    steps: int = 4000
     seed: int = 0
-    threads: int = 1
+    threads: int = 2
     batch: int = 32
     learning_rate: float = 2e-3
     last_rate: float = 4e-5
@@ -37,7 +37,7 @@ class Recipe:
     weight_decay: float = 0.05
     average: float = 0.995
     balance: float = 0.01
-    plain_share: float = 0.5
+    plain_share: float = 0.9
 
     def rate(self, step: int) -> float:
         """Return the learning rate: warm up, hold, then fall along a cosine to ``last_rate``."""

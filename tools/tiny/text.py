@@ -12,7 +12,8 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Digits, Punctuation, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
-BOS, END, PAD, UNKNOWN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<unk>"  # as released
+BOS, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+PAD, UNKNOWN = "<pad>", "<unk>"
 TURN, END_OF_TURN = "<|BOT|>", "<|EOT|>"
 IMAGE, IMAGE_START, IMAGE_END = "<im_patch>", "<im_start>", "<im_end>"
 THINK, END_THINK = "<think>", "</think>"

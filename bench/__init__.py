@@ -1,0 +1,1 @@
+"""Measurements of the engine: speed, agreement with a peer, memory, start-up."""

@@ -1,0 +1,42 @@
+"""``python -m bench``: what there is to measure; runs what needs no other engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+
+BENCHES = {
+    "decode": "decode speed beside vLLM's CPU build (here without it)",
+    "agreement": "log-probabilities beside vLLM's; not run here: bench/setup_vllm.sh first",
+    "memory": "resident memory after loading",
+    "startup": "time of step3-hetero --help",
+}
+"""Each bench and what it measures; ``python -m bench.NAME --help`` says more."""
+
+ALONE = (("startup",), ("memory",), ("decode", "--no-vllm"))
+
+EPILOG = """\b
+Examples:
+  python -m bench
+  python -m bench --list
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--list", "only_list", is_flag=True, help="Name the benches, run none.")
+def main(only_list: bool) -> None:
+    """Run every bench that needs nothing but this package; exit 1 if one is over its bound."""
+    for name, what in BENCHES.items():
+        click.echo(f"python -m bench.{name:<10} {what}")
+    failed = False
+    for name, *options in () if only_list else ALONE:
+        click.echo(f"\n{name} {' '.join(options)}".rstrip())
+        command = [sys.executable, "-m", f"bench.{name}", *options]  # each in a fresh process
+        failed |= subprocess.run(command, check=False).returncode != 0
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
