@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,8 +49,9 @@ class EngineSide:
 
     def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         """See ``Side``."""
-        done = self.engine.generate_all(prompts, self.params(max_tokens=tokens, ignore_eos=True))
-        return [list(completion.token_ids) for completion in done]
+        params = self.params(max_tokens=tokens, ignore_eos=True)
+        numbers = [self.engine.submit(prompt, params) for prompt in prompts]
+        return [list(completion.token_ids) for completion in self.engine.run(numbers)]
 
 
 class VllmSide:
@@ -63,7 +65,7 @@ class VllmSide:
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": cores,
         }
-        import vllm
+        import vllm  # type: ignore[import-not-found]  # in an environment of its own
 
         self.llm = vllm.LLM(
             model=folder,
@@ -106,7 +108,7 @@ class VllmSide:
         return done
 
 
-SIDES = {"engine": EngineSide, "vllm": VllmSide}
+SIDES: dict[str, Callable[[str, dict[str, Any]], Side]] = {"engine": EngineSide, "vllm": VllmSide}
 
 
 def answer(side: Any, command: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     name, folder, options = sys.argv[1:]
-    side: Side = SIDES[name](folder, json.loads(options))
+    side = SIDES[name](folder, json.loads(options))
     print(json.dumps({"version": side.version, "pid": os.getpid()}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(side, json.loads(line))), file=answers, flush=True)

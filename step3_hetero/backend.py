@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -73,12 +75,24 @@ class Memory:
 class Weights(ABC):
     """Checkpoint tensors as the device wants them: packed, fused, dequantised. Opaque outside.
 
-    ``method`` says what was done ("packed fp32"), ``digest`` names the source bytes.
+    ``method`` says what was done ("packed fp32"); ``source`` are the tensors it was done to, still
+    mapped from the checkpoint's file and so no memory of ours.
     """
 
     nbytes: int
     method: str
-    digest: str
+    source: Mapping[str, HostTensor]
+
+    @cached_property
+    def digest(self) -> str:
+        """Return a SHA-256 over names, dtypes, shapes and bytes of the source, when first asked."""
+        seen = sha256()
+        for key, tensor in self.source.items():
+            seen.update(f"{key}:{tensor.name}:{tensor.dtype}:{tensor.shape}".encode())
+            for part in (tensor.data, tensor.scale_inv):
+                if part is not None:
+                    seen.update(np.ascontiguousarray(part).view(np.uint8).data)
+        return seen.hexdigest()
 
 
 class Event(ABC):

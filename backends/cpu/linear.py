@@ -12,7 +12,7 @@ from torch import Tensor
 
 from step3_hetero.backend import Weights
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
-from step3_hetero.backends.torch_common.weights import dense, digest_of
+from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.specs import HostTensor
 
 
@@ -50,7 +50,7 @@ class LinearWeights(Weights):
 
     matrix: Matrix
     dtype: torch.dtype
-    digest: str
+    source: Mapping[str, HostTensor]
     method: str
     nbytes: int
 
@@ -68,7 +68,7 @@ def prepare_linear(tensors: Mapping[str, HostTensor], out_dtype: str) -> LinearW
     bias = dense(tensors["bias"], dtype) if "bias" in tensors else None
     matrix = Matrix(joined([t for n, t in tensors.items() if n != "bias"], dtype), bias, dtype)
     method = f"oneDNN-packed {str(matrix.dtype).removeprefix('torch.')}"
-    return LinearWeights(matrix, dtype, digest_of(tensors), method, matrix.nbytes)
+    return LinearWeights(matrix, dtype, tensors, method, matrix.nbytes)
 
 
 def joined(tensors: Sequence[HostTensor], dtype: torch.dtype) -> Tensor:
@@ -88,7 +88,7 @@ class TableWeights(Weights):
     """An embedding table as it is."""
 
     table: Tensor
-    digest: str
+    source: Mapping[str, HostTensor]
     method: str
     nbytes: int
 
@@ -96,7 +96,7 @@ class TableWeights(Weights):
 def prepare_table(tensors: Mapping[str, HostTensor], dtype: str) -> TableWeights:
     """Cast the table."""
     table = dense(tensors["table"], TORCH_DTYPE[dtype])
-    return TableWeights(table, digest_of(tensors), dtype, table.nbytes)
+    return TableWeights(table, tensors, dtype, table.nbytes)
 
 
 def embed(ids: Tensor, weights: TableWeights) -> Tensor:

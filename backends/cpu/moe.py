@@ -12,7 +12,7 @@ from torch import Tensor
 from step3_hetero.backend import Weights
 from step3_hetero.backends.cpu.linear import Matrix, joined
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
-from step3_hetero.backends.torch_common.weights import digest_of, part
+from step3_hetero.backends.torch_common.weights import part
 from step3_hetero.specs import HostTensor
 
 
@@ -38,7 +38,7 @@ class ExpertWeights(Weights):
     gate_up: list[Matrix]
     down: list[Matrix]
     dtype: torch.dtype
-    digest: str
+    source: Mapping[str, HostTensor]
     method: str
     nbytes: int
 
@@ -57,7 +57,7 @@ def prepare_experts(tensors: Mapping[str, HostTensor], dtype: str) -> ExpertWeig
     back = [Matrix(joined([part(down, e)], target), None, target) for e in numbers]
     nbytes = sum(m.nbytes for m in (*both, *back))
     method = f"oneDNN-packed {str(both[0].dtype).removeprefix('torch.')}, expert by expert"
-    return ExpertWeights(both, back, target, digest_of(tensors), method, nbytes)
+    return ExpertWeights(both, back, target, tensors, method, nbytes)
 
 
 def experts(u: Tensor, weights: Tensor, ids: Tensor, stack: ExpertWeights) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from step3_hetero.backend import Weights
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
-from step3_hetero.backends.torch_common.weights import dense, digest_of
+from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.resample import resize_matrix
 from step3_hetero.specs import HostTensor
 
@@ -22,7 +22,7 @@ class ConvWeights(Weights):
 
     weight: Tensor
     bias: Tensor | None
-    digest: str
+    source: Mapping[str, HostTensor]
     method: str
     nbytes: int
 
@@ -33,7 +33,7 @@ def prepare_conv(tensors: Mapping[str, HostTensor], dtype: str) -> ConvWeights:
     weight = dense(tensors["weight"], target)
     bias = dense(tensors["bias"], target) if "bias" in tensors else None
     nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
-    return ConvWeights(weight, bias, digest_of(tensors), dtype, nbytes)
+    return ConvWeights(weight, bias, tensors, dtype, nbytes)
 
 
 def conv2d(x: Tensor, weights: ConvWeights, *, stride: int, padding: int) -> Tensor:

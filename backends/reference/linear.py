@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 
 import numpy as np
 
@@ -20,7 +19,7 @@ class ReferenceWeights(Weights):
 
     parts: Mapping[str, Float]
     dtype: str
-    digest: str
+    source: Mapping[str, HostTensor]
     method: str
     nbytes: int = field(init=False)
 
@@ -39,18 +38,7 @@ def widen_tensors(
     rounded = target if weight_format in (None, "auto") else dtype_of(str(weight_format))
     parts = {n: dequantise_blocks(t).astype(rounded).astype(target) for n, t in tensors.items()}
     stored = ", ".join(sorted({t.dtype.name for t in tensors.values()}))
-    return ReferenceWeights(parts, dtype, digest_of(tensors), f"{target.name} from {stored}")
-
-
-def digest_of(tensors: Mapping[str, HostTensor]) -> str:
-    """Return a digest over the names and bytes of the tensors as stored."""
-    seen = sha256()
-    for name, tensor in tensors.items():
-        seen.update(f"{name}:{tensor.name}:{tensor.dtype}:{tensor.shape}".encode())
-        for part in (tensor.data, tensor.scale_inv):
-            if part is not None:
-                seen.update(np.ascontiguousarray(part).view(np.uint8).data)
-    return seen.hexdigest()
+    return ReferenceWeights(parts, dtype, tensors, f"{target.name} from {stored}")
 
 
 def linear(x: Float, weights: ReferenceWeights, *, out_dtype: str | None = None) -> Float:

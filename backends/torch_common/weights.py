@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from hashlib import sha256
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,14 +27,3 @@ def part(tensor: HostTensor, index: int) -> HostTensor:
     """Return one expert of a stack."""
     scale = None if tensor.scale_inv is None else tensor.scale_inv[index]
     return HostTensor(f"{tensor.name}[{index}]", tensor.data[index], scale)
-
-
-def digest_of(tensors: Mapping[str, HostTensor]) -> str:
-    """Return a digest over the names and bytes of the tensors as stored."""
-    seen = sha256()
-    for name, tensor in tensors.items():
-        seen.update(f"{name}:{tensor.name}:{tensor.dtype}:{tensor.shape}".encode())
-        for array in (tensor.data, tensor.scale_inv):
-            if array is not None:
-                seen.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return seen.hexdigest()

@@ -279,3 +279,34 @@ def test_block_fp8_weights_are_multiplied_by_their_scales(cpu, reference):
         unit, reference.prepare("linear", {"w": tensor}, OpSpec("linear", "float32"))
     )
     assert one[0, 129] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_reaches_back_65536_tokens(dtype, cpu, reference, make_meta):
+    rng = np.random.default_rng(8)
+    keys = 65536
+    history = rng.standard_normal((2, keys, 1, 8)).astype(DTYPES[dtype])
+    history[0, 5] *= 8  # one far key that matters
+    q = (history[0, 5:6].astype(np.float32) / 4).astype(DTYPES[dtype]).repeat(2, axis=1)
+    whole = make_meta([keys], [keys], blocks=512, rng=np.random.default_rng(0))
+    last = type(whole)(
+        whole.positions[-1:],
+        whole.slots[-1:],
+        np.array([0, 1], np.int32),
+        whole.context_lens,
+        whole.block_tables,
+    )
+
+    def attend(device, name):
+        as_ = (lambda a: a.astype(np.float64)) if name == "float64" else (lambda a: a)
+        cache = device.open_cache(CacheSpec(1, 8, 512, name))
+        k, v = (device.from_host(as_(h)) for h in history)
+        cache.write(k, v, device.batch(whole))
+        out = device.kernel("attention")(
+            device.from_host(as_(q)), cache, device.batch(last), scale=0.3
+        )
+        return device.to_host(out)
+
+    want, own, got = attend(reference, "float64"), attend(reference, dtype), attend(cpu, dtype)
+    assert np.abs(want - history[1, 5].astype(float)).max() < 0.5
+    assert (row_error(got, want) <= bound(row_error(own, want), dtype)).all()
