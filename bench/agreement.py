@@ -54,6 +54,8 @@ def main(backends: tuple[str, ...], vllm_python: Path, cache: Path) -> None:
 
     Prefill: every token of prompt and answer at once. Decode: the answer's tokens one by one.
     """
+    sides.end_politely()
+    sides.find_vllm(vllm_python)
     table = Table(title="largest difference", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("backend", "router weights", "prefill", "decode", "rms"):
         table.add_column(name)

@@ -126,7 +126,9 @@ def checkpoint(sizes: Sizes, cache: Path = CACHE) -> Path:
     if not (folder / "config.json").exists():  # written last: a broken attempt starts again
         folder.mkdir(parents=True, exist_ok=True)
         stored = STORED[sizes.dtype]
-        tensors = {name: draw(name, s).astype(stored) for name, s in sizes.shapes().items()}
+        tensors: dict[str, npt.NDArray[Any]] = {
+            name: draw(name, shape).astype(stored) for name, shape in sizes.shapes().items()
+        }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(config, encoding="utf-8")
     return folder

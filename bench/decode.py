@@ -22,6 +22,7 @@ EPILOG = """\b
 Examples:
   python -m bench.decode
   python -m bench.decode --batch 1 --pairs 3 --no-vllm
+  python -m bench.decode --cores 1      # where others use the machine: no thread waits for another
   python -m bench.decode --vllm-python .venv-vllm/bin/python --json decode.json
 """
 
@@ -36,6 +37,7 @@ Examples:
 @click.option(
     "--pairs", type=click.IntRange(1), default=5, show_default=True, help="Measurements of a side."
 )
+@click.option("--cores", type=click.IntRange(1), help="Of each side; default: all.")
 @click.option("--backend", default="cpu", show_default=True, help="The engine's backend.")
 @click.option(
     "--vllm-python",
@@ -52,6 +54,7 @@ def main(
     prompt: int,
     decode: int,
     pairs: int,
+    cores: int | None,
     backend: str,
     vllm_python: Path,
     no_vllm: bool,
@@ -63,13 +66,16 @@ def main(
     B sequences of --decode tokens: B·N / (time for N+1 tokens − time for 1). The sides take turns,
     and the one that waits is stopped.
     """
+    sides.end_politely()
+    if not no_vllm:
+        sides.find_vllm(vllm_python)
     sizes = Sizes()
     found = machine.describe()
     folder = checkpoint(sizes, cache)
     with ExitStack() as stack:
-        running = [stack.enter_context(sides.engine(folder, backend))]
+        running = [stack.enter_context(sides.engine(folder, backend, cores))]
         if not no_vllm:
-            running.append(stack.enter_context(sides.vllm(vllm_python, folder, sizes.dtype)))
+            running.append(stack.enter_context(sides.vllm(vllm_python, folder, sizes.dtype, cores)))
         rows = [
             compare(running, batch, Prompts(sizes.vocab_size, prompt), decode, pairs)
             for batch in batches
@@ -83,6 +89,7 @@ def main(
         "sizes": sizes.config(),
         "prompt": prompt,
         "decode": decode,
+        "cores": cores or found["cores"],
         "rows": rows,
     }
     show(report)
@@ -164,6 +171,7 @@ def show(report: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
+    console.print(f"{report['cores']} cores used", highlight=False)
     console.print(machine.sentence(report["machine"]), soft_wrap=True, highlight=False)
 
 

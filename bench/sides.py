@@ -88,13 +88,23 @@ class Running:
             return
 
 
-def engine(folder: Path, backend: str) -> Running:
-    """Start this project's engine on a checkpoint."""
-    return Running("engine", Path(sys.executable), folder, backend=backend)
+def end_politely() -> None:
+    """Have SIGTERM leave by the ``with`` blocks: a stopped worker would outlive this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def vllm(python: Path, folder: Path, dtype: str) -> Running:
-    """Start vLLM on a checkpoint.
+def engine(folder: Path, backend: str, cores: int | None = None) -> Running:
+    """Start this project's engine on a checkpoint, on so many cores (None: all)."""
+    return Running("engine", Path(sys.executable), folder, backend=backend, cores=cores)
+
+
+def vllm(python: Path, folder: Path, dtype: str, cores: int | None = None) -> Running:
+    """Start vLLM on a checkpoint, on so many cores (None: all)."""
+    return Running("vllm", python, folder, dtype=dtype, cores=cores)
+
+
+def find_vllm(python: Path) -> Path:
+    """Return ``python`` if it is there.
 
     Raises:
         click.UsageError: its environment is not there.
@@ -102,6 +112,6 @@ def vllm(python: Path, folder: Path, dtype: str) -> Running:
     if not python.exists():
         raise click.UsageError(
             f"no vLLM at {python}; `bench/setup_vllm.sh .venv-vllm` installs its CPU build (Python "
-            "3.11, 3.4 GB), --vllm-python names another environment, --no-vllm goes without"
+            "3.11, 3.4 GB), --vllm-python names another environment"
         )
-    return Running("vllm", python, folder, dtype=dtype)
+    return python

@@ -124,7 +124,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     name, folder, options = sys.argv[1:]
-    side = SIDES[name](folder, json.loads(options))
+    wanted = json.loads(options)
+    cores = sorted(os.sched_getaffinity(0))[: wanted.get("cores")]
+    os.sched_setaffinity(0, cores)  # before torch is imported: it starts a thread for each
+    side = SIDES[name](folder, wanted)
     print(json.dumps({"version": side.version, "pid": os.getpid()}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(side, json.loads(line))), file=answers, flush=True)

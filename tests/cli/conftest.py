@@ -1,6 +1,7 @@
 """The command line in this process: as a shell calls it, without the seconds of a new Python."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,3 +93,28 @@ def config(tmp_path):
         return path
 
     return config
+
+
+def tree(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+@pytest.fixture
+def refuse(run, tmp_path):
+    """Call the command line; return the one line with which it refuses."""
+
+    def refuse(*arguments):
+        before = tree(tmp_path)
+        ran = run(*arguments)
+        assert (ran.code, ran.out) == (2, "")
+        assert re.fullmatch(r"error: [^\n]+\n", ran.err), ran.err
+        assert tree(tmp_path) == before
+        return ran.err
+
+    return refuse
+
+
+@pytest.fixture
+def files():
+    """Return a folder's files with their bytes."""
+    return tree

@@ -234,9 +234,9 @@ def obsessed(seeing, tmp_path_factory):
 @pytest.mark.parametrize("how", [{}, {"temperature": 50.0}, {"temperature": 1.0, "top_k": 1}])
 def test_the_image_token_is_never_chosen(backend, how, engine_of, obsessed):
     engine = engine_of(backend, backend, model=obsessed)
-    prompts = [[20 + n, 30, 31] for n in range(8)]
-    wanted = [engine.logits(p)[-1].argmax() == IM_PATCH for p in prompts]
-    assert any(wanted), "the model has to want it"
+    prompts = [[30, 31, 20 + n] for n in range(8)]
+    wanted = sum(engine.logits(p)[-1].argmax() == IM_PATCH for p in prompts)
+    assert wanted >= 2, "the model has to want it"
     params = SamplingParams(max_tokens=8, ignore_eos=True, **how)
     for done in engine.generate_all([Request(p, params) for p in prompts]):
         assert IM_PATCH not in done.token_ids
