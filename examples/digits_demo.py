@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import click
 from PIL import Image
 from rich.columns import Columns
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.text import Text
 from step3_hetero import load
 from step3_hetero.config import Config
 from step3_hetero.errors import Step3HeteroError
+from step3_hetero.evals.digits import answer_of
 
 HERE = Path(__file__).parent
 SINGLE, SUM = "which digit is this ?", "what is the sum ?"
@@ -38,32 +40,33 @@ def picture(path: Path) -> Text:
     return Text("\n".join("".join(shade[row * 16 : row * 16 + 16]) for row in range(16)))
 
 
-def main(overrides: list[str]) -> None:
-    """Load the model, ask, print the answers and where each stage ran."""
+def label(names: list[str]) -> str:
+    """Return the right answer: the digit before each file name's first underscore, added up."""
+    return str(sum(int(name.partition("_")[0]) for name in names))
+
+
+@click.command()
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As in generate.")
+def main(overrides: tuple[str, ...]) -> None:
+    """Ask a small Step-3 about pictures; print its answers and where each stage ran."""
     console = Console()
     engine = load(Config.read(HERE / "digits.yaml", overrides))
     for question, names in QUESTIONS:
         images = [HERE / "digits" / name for name in names]
         answer = engine.generate(question, images=images)
-        panels = [Panel(picture(i), title=i.name, width=36) for i in images]
-        console.print(Columns(panels))
+        right = answer_of(answer) == label(names)
+        console.print(Columns([Panel(picture(i), title=i.name, width=36) for i in images]))
         console.print(f"[bold]{question}[/]  {len(images)} image(s), held out from training")
-        console.print(f"  answer: [bold green]{answer.text}[/]\n", highlight=False)
+        verdict = "[green]right[/]" if right else f"[red]wrong: it is {label(names)}[/]"
+        console.print(f"  answer: [bold]{answer.text}[/]  {verdict}\n", highlight=False)
     console.print("[bold]placement[/] (examples/digits.yaml; change a backend there and run again)")
     for role in engine.placement.to_json()["roles"]:
-        console.print(
-            f"  role {role['role']}: {role['stages']} on {role['device']}", highlight=False
-        )
+        where = f"  role {role['role']}: {role['stages']} on {role['device']}"
+        console.print(where, highlight=False)
 
 
 if __name__ == "__main__":
     try:
-        main(
-            [
-                value
-                for flag, value in zip(sys.argv[1:], sys.argv[2:], strict=False)
-                if flag == "--set"
-            ]
-        )
+        main(standalone_mode=True)
     except Step3HeteroError as error:
         sys.exit(f"error: {error}")

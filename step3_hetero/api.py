@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.executor import Observer
 from step3_hetero.runtime.loader import OnStage, TensorSource, load_stages
 from step3_hetero.runtime.local import LocalExecutor
-from step3_hetero.runtime.placing import DTYPE, Placement, RolePlan, place
+from step3_hetero.runtime.placing import (
+    DTYPE,
+    Placement,
+    RolePlan,
+    check_memory,
+    check_supported,
+    place,
+)
 from step3_hetero.runtime.prompting import Prompter
 
 
@@ -58,7 +65,7 @@ def load(
     folder = checkpoint_folder(read)
     checkpoint = Checkpoint.open(folder, model_config(read))
     resolved = resolve(read, checkpoint.config)
-    source = Ablated(checkpoint, ablate) if ablate else checkpoint
+    source = Ablated(checkpoint, checkpoint.names(), ablate) if ablate else checkpoint
     executor = _executor(resolved, source, observer, on_stage)
     runtime = resolved.config.runtime
     return Engine(
@@ -170,12 +177,14 @@ def _executor(
 
 
 def open_devices(resolved: Resolved) -> dict[tuple[str, int], Device]:
-    """Open each device once, however many roles share it.
+    """Open each device once, however many roles share it, and hold the placement against it.
 
     Raises:
-        PlacementError: a device is not on this machine.
+        PlacementError: a device is not on this machine, or cannot hold what is placed on it.
+        UnsupportedOp: a device that is here cannot do what the one described could.
         ConfigError: a device does not know an option, or roles that share it give it two values.
     """
+    check_memory(resolved.config, resolved.placement)
     opened: dict[tuple[str, int], Device] = {}
     first: dict[tuple[str, int], RolePlan] = {}
     for role in resolved.placement.roles.values():
@@ -188,6 +197,8 @@ def open_devices(resolved: Resolved) -> dict[tuple[str, int], Device]:
                 f"{dict(role.options)} differ from {dict(first[role.device].options)} of role "
                 f"{first[role.device].name!r} on the same device; write the same in both",
             )
+        stages = [resolved.graph.by_name[name] for name in role.stages]
+        check_supported(resolved.config, replace(role, info=opened[role.device].info), stages)
     return opened
 
 

@@ -52,7 +52,10 @@ class Dtypes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What is known of a device without opening it. None: not measured, not published."""
+    """What is known of a device without opening it. None: not measured, not published.
+
+    Devices with one ``memory_domain`` share their memory; empty, the device has its own.
+    """
 
     name: str
     description: str
@@ -62,6 +65,7 @@ class DeviceInfo:
     flops_per_s: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[str, float] = field(default_factory=dict)
     batch_invariant: bool = False
+    memory_domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,8 @@ _OPS = (
     Op(
         "swiglu",
         "gate_up (tokens, 2·inter) -> (tokens, inter) T",
-        "silu(gate) · up in W; gate is the first half of the columns.",
+        "silu(gate) · up in W; gate is the first half of the columns. silu(gate) may be rounded to "
+        "T before the product.",
     ),
     Op(
         "route",

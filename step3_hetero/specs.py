@@ -128,6 +128,7 @@ class EmbedSpec:
         return (
             OpSpec("embed", self.dtype, dims, weight_format=weight_format),
             OpSpec("merge_rows", self.dtype, {"hidden": self.hidden}),
+            OpSpec("concat", self.dtype, {"hidden": self.hidden}),
         )
 
 
@@ -287,8 +288,12 @@ class VisionSpec:
         shapes += [(self.width, self.inter), (self.inter, self.width)]
         heads = {"heads": self.heads, "head_dim": self.head_dim}
         return (
-            OpSpec("conv2d", self.dtype, {"width": self.width}, {"stride": self.patch}),
+            self._conv(self.channels, self.width, self.patch, self.patch, 0),
+            self._conv(self.width, self.down_width, 2, 2, 0),
+            self._conv(self.down_width, 2 * self.down_width, 3, self.stride, 1),
             OpSpec("resize", self.dtype, {"width": self.width}),
+            OpSpec("cast", wide(self.dtype), {}, {"dtype": self.dtype}),
+            OpSpec("concat", self.dtype, {"width": self.width}),
             *(_linear(self.dtype, k, n, "auto") for k, n in shapes),
             OpSpec("self_attention", self.dtype, heads),
             OpSpec("layer_norm", self.dtype, {"width": self.width}, {"eps": self.eps}),
@@ -296,6 +301,10 @@ class VisionSpec:
             OpSpec("add", self.dtype, {"width": self.width}),
             _linear(self.dtype, 2 * self.down_width, self.hidden, "auto"),
         )
+
+    def _conv(self, channels: int, out: int, kernel: int, stride: int, padding: int) -> OpSpec:
+        dims = {"in": channels, "out": out, "kernel": kernel}
+        return OpSpec("conv2d", self.dtype, dims, {"stride": stride, "padding": padding})
 
 
 StageSpec = EmbedSpec | VisionSpec | AttentionSpec | FfnSpec | HeadSpec

@@ -79,7 +79,14 @@ class CpuBackend(Backend):
             raise PlacementError(f"backend cpu has no card {card!r}; leave the key out")
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         cores = len(os.sched_getaffinity(0))
-        return DeviceInfo("cpu:0", f"torch, {cores} cores", memory, DTYPES, batch_invariant=True)
+        return DeviceInfo(
+            "cpu:0",
+            f"torch, {cores} cores",
+            memory,
+            DTYPES,
+            batch_invariant=True,
+            memory_domain="host",
+        )
 
     def version(self) -> str:
         """Return torch's version."""

@@ -52,7 +52,7 @@ class Batch:
         self.padded = int(meta.query_starts[-1]) < meta.tokens
         self.groups = _groups(meta)
         self._angles: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[int, int, int], Tensor | None] = {}
+        self._hidden: dict[tuple[int, int, int], Tensor | None] = {}
 
     def angles(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the rotary cosines and sines of the batch's positions."""
@@ -61,18 +61,17 @@ class Batch:
             self._angles[key] = angles(self.positions, head_dim, theta, dtype)
         return self._angles[key]
 
-    def mask(self, number: int, start: int, stop: int) -> Tensor | None:
-        """Return what to add to a group's scores of keys start..stop: 0 or -inf, None for zeros.
+    def hidden(self, number: int, queries: slice, start: int, stop: int) -> Tensor | None:
+        """Return which of the keys start..stop a group's queries may not see, None if they see all.
 
-        Shapes: (seqs, queries, keys).
+        Shapes: (seqs, queries, keys) bool. Kept for the other layers.
         """
-        key = (number, start, stop)
-        if key not in self._masks:
-            group = self.groups[number]
-            hidden = torch.arange(start, stop) > group.positions[..., None]
-            blank = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            self._masks[key] = blank if bool(hidden.any()) else None
-        return self._masks[key]
+        key = (number, queries.start, start)
+        if key not in self._hidden:
+            places = self.groups[number].positions[:, queries, None]
+            hidden = torch.arange(start, stop) > places
+            self._hidden[key] = hidden if bool(hidden.any()) else None
+        return self._hidden[key]
 
 
 def _groups(meta: BatchMeta) -> list[Group]:
@@ -183,9 +182,11 @@ def _fold(
         stop = min(start + KEYS_AT_ONCE, last)
         k, v = _keys(cache, group, start, stop, q.dtype)
         scores = torch.bmm(rows, k.transpose(1, 2)).float()
-        scores = _masked(
-            scores if scale == 1.0 else scores * scale, batch, number, start, stop, chosen
-        )
+        if scale != 1.0:
+            scores.mul_(scale)
+        hidden = batch.hidden(number, chosen, start, stop)
+        if hidden is not None:
+            _hide(scores, v, hidden)
         state = _merge(state, scores, v)
     assert state is not None
     total, _, weight = state
@@ -212,18 +213,20 @@ def _gather(stored: Tensor, blocks: Tensor, keys: int, dtype: torch.dtype) -> Te
         found = _blocked(stored).index_select(0, blocks.flatten())
         found = found.view(seqs, -1, *stored.shape[1:])[:, :keys]
     found = found.to(dtype).transpose(1, 2)  # (seqs, kv_heads, keys, head_dim)
-    return found.reshape(-1, keys, stored.shape[-1])
+    return found.reshape(-1, keys, stored.shape[-1]).contiguous()
 
 
-def _masked(
-    scores: Tensor, batch: Batch, number: int, start: int, stop: int, chosen: slice
-) -> Tensor:
-    mask = batch.mask(number, start, stop)
-    if mask is None:
-        return scores
-    seqs, queries, keys = mask[:, chosen].shape
+def _hide(scores: Tensor, v: Tensor, hidden: Tensor) -> None:
+    """Take hidden keys out of the scores, and values that no query sees out of the product.
+
+    The tail of a sequence's last block may hold what its last owner left: 0 times infinity is NaN.
+    """
+    seqs, queries, keys = hidden.shape
     shaped = scores.view(seqs, -1, queries, scores.shape[1] // queries, keys)
-    return shaped.add_(mask[:, None, chosen, None, :]).view(scores.shape)
+    shaped.masked_fill_(hidden[:, None, :, None, :], -torch.inf)
+    unseen = hidden.all(1)  # (seqs, keys)
+    if bool(unseen.any()):
+        v.view(seqs, -1, keys, v.shape[-1]).masked_fill_(unseen[:, None, :, None], 0)
 
 
 def _merge(

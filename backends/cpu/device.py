@@ -60,7 +60,7 @@ KERNELS: Mapping[str, Kernel] = {
     "swiglu": moe.swiglu,
 }
 
-PREPARE: Mapping[str, Callable[[Mapping[str, HostTensor], str], Weights]] = {
+PREPARE: Mapping[str, Callable[[Mapping[str, HostTensor], OpSpec], Weights]] = {
     "conv2d": vision.prepare_conv,
     "embed": linear.prepare_table,
     "experts": moe.prepare_experts,
@@ -104,7 +104,7 @@ class CpuDevice(Device):
         """Pack, cast or dequantise the tensors for their op."""
         if op not in PREPARE:
             raise UnsupportedOp(f"cpu prepares {', '.join(sorted(PREPARE))}; asked for {op!r}")
-        return PREPARE[op](tensors, str(spec.parameters.get("out_dtype", spec.dtype)))
+        return PREPARE[op](tensors, spec)
 
     def open_cache(self, spec: CacheSpec) -> attention.CpuCache:
         """Return a zeroed cache."""

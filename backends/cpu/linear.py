@@ -13,7 +13,7 @@ from torch import Tensor
 from step3_hetero.backend import Weights
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
 from step3_hetero.backends.torch_common.weights import dense
-from step3_hetero.specs import HostTensor
+from step3_hetero.specs import HostTensor, OpSpec
 
 
 @cache
@@ -59,21 +59,22 @@ class LinearWeights(Weights):
         return self.matrix(x).to(self.dtype)
 
 
-def prepare_linear(tensors: Mapping[str, HostTensor], out_dtype: str) -> LinearWeights:
+def prepare_linear(tensors: Mapping[str, HostTensor], spec: OpSpec) -> LinearWeights:
     """Join the matrices and pack them once.
 
     A result wider than the activations (the router's) needs weights just as wide.
     """
-    dtype = TORCH_DTYPE[out_dtype]
+    dtype = TORCH_DTYPE[str(spec.parameters.get("out_dtype", spec.dtype))]
     bias = dense(tensors["bias"], dtype) if "bias" in tensors else None
-    matrix = Matrix(joined([t for n, t in tensors.items() if n != "bias"], dtype), bias, dtype)
+    matrices = [t for n, t in tensors.items() if n != "bias"]
+    matrix = Matrix(joined(matrices, dtype, spec.weight_format), bias, dtype)
     method = f"oneDNN-packed {str(matrix.dtype).removeprefix('torch.')}"
     return LinearWeights(matrix, dtype, tensors, method, matrix.nbytes)
 
 
-def joined(tensors: Sequence[HostTensor], dtype: torch.dtype) -> Tensor:
-    """Return the matrices stacked by rows."""
-    parts = [dense(t, dtype) for t in tensors]
+def joined(tensors: Sequence[HostTensor], dtype: torch.dtype, weight_format: str | None) -> Tensor:
+    """Return the matrices stacked by rows, rounded to ``weight_format`` first if there is one."""
+    parts = [dense(t, dtype, weight_format) for t in tensors]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -93,10 +94,10 @@ class TableWeights(Weights):
     nbytes: int
 
 
-def prepare_table(tensors: Mapping[str, HostTensor], dtype: str) -> TableWeights:
+def prepare_table(tensors: Mapping[str, HostTensor], spec: OpSpec) -> TableWeights:
     """Cast the table."""
-    table = dense(tensors["table"], TORCH_DTYPE[dtype])
-    return TableWeights(table, tensors, dtype, table.nbytes)
+    table = dense(tensors["table"], TORCH_DTYPE[spec.dtype])
+    return TableWeights(table, tensors, spec.dtype, table.nbytes)
 
 
 def embed(ids: Tensor, weights: TableWeights) -> Tensor:

@@ -13,7 +13,7 @@ from step3_hetero.backend import Weights
 from step3_hetero.backends.cpu.linear import Matrix, joined
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
 from step3_hetero.backends.torch_common.weights import part
-from step3_hetero.specs import HostTensor
+from step3_hetero.specs import HostTensor, OpSpec
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -48,13 +48,15 @@ class ExpertWeights(Weights):
         return self.down[number](inner).to(self.dtype)
 
 
-def prepare_experts(tensors: Mapping[str, HostTensor], dtype: str) -> ExpertWeights:
+def prepare_experts(tensors: Mapping[str, HostTensor], spec: OpSpec) -> ExpertWeights:
     """Pack expert by expert, so that no second copy of the stack is ever held."""
-    target = TORCH_DTYPE[dtype]
+    target, held = TORCH_DTYPE[spec.dtype], spec.weight_format
     gate, up, down = (tensors[name] for name in ("gate", "up", "down"))
     numbers = range(gate.shape[0])
-    both = [Matrix(joined([part(gate, e), part(up, e)], target), None, target) for e in numbers]
-    back = [Matrix(joined([part(down, e)], target), None, target) for e in numbers]
+    both = [
+        Matrix(joined([part(gate, e), part(up, e)], target, held), None, target) for e in numbers
+    ]
+    back = [Matrix(joined([part(down, e)], target, held), None, target) for e in numbers]
     nbytes = sum(m.nbytes for m in (*both, *back))
     method = f"oneDNN-packed {str(both[0].dtype).removeprefix('torch.')}, expert by expert"
     return ExpertWeights(both, back, target, tensors, method, nbytes)

@@ -20,7 +20,7 @@ def sample(
         logits = logits.index_fill(1, torch.tensor([banned]), -torch.inf)
     chosen = logits.argmax(-1).int()
     for row in (temperature > 0).nonzero()[:, 0].tolist():
-        wide = logits[row].double() / temperature[row]
+        wide = (logits[row].double() - logits[row].max()) / temperature[row]
         chosen[row] = _draw(wide, int(top_k[row]), float(top_p[row]), float(uniform[row]))
     return chosen
 

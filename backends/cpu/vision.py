@@ -13,7 +13,7 @@ from step3_hetero.backend import Weights
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
 from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.resample import resize_matrix
-from step3_hetero.specs import HostTensor
+from step3_hetero.specs import HostTensor, OpSpec
 
 
 @dataclass
@@ -27,13 +27,13 @@ class ConvWeights(Weights):
     nbytes: int
 
 
-def prepare_conv(tensors: Mapping[str, HostTensor], dtype: str) -> ConvWeights:
+def prepare_conv(tensors: Mapping[str, HostTensor], spec: OpSpec) -> ConvWeights:
     """Cast kernels and bias."""
-    target = TORCH_DTYPE[dtype]
+    target = TORCH_DTYPE[spec.dtype]
     weight = dense(tensors["weight"], target)
     bias = dense(tensors["bias"], target) if "bias" in tensors else None
     nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
-    return ConvWeights(weight, bias, tensors, dtype, nbytes)
+    return ConvWeights(weight, bias, tensors, spec.dtype, nbytes)
 
 
 def conv2d(x: Tensor, weights: ConvWeights, *, stride: int, padding: int) -> Tensor:

@@ -70,7 +70,12 @@ def host_memory_bytes() -> int:
 def info() -> DeviceInfo:
     """Describe this machine's processor as NumPy uses it."""
     return DeviceInfo(
-        "reference:0", "NumPy, the definition", host_memory_bytes(), DTYPES, batch_invariant=True
+        "reference:0",
+        "NumPy, the definition",
+        host_memory_bytes(),
+        DTYPES,
+        batch_invariant=True,
+        memory_domain="host",
     )
 
 
@@ -105,7 +110,8 @@ class ReferenceDevice(Device):
 
     def prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
         """Widen the tensors: a weight is exact in float32 whatever it is stored in."""
-        return linear.widen_tensors(tensors, spec.dtype, spec.weight_format)
+        dtype = str(spec.parameters.get("out_dtype", spec.dtype))
+        return linear.widen_tensors(tensors, dtype, spec.weight_format)
 
     def open_cache(self, spec: CacheSpec) -> attention.ReferenceCache:
         """Return a zeroed cache."""

@@ -32,10 +32,10 @@ def widen_tensors(
 ) -> ReferenceWeights:
     """Return each tensor in promote_types(dtype, float32), dequantised where it is block FP8.
 
-    With a ``weight_format`` the values are rounded to it first.
+    The values are rounded to ``weight_format`` first; ``auto`` and None stand for ``dtype``.
     """
     target = dtype_of(wide(dtype))
-    rounded = target if weight_format in (None, "auto") else dtype_of(str(weight_format))
+    rounded = dtype_of(dtype if weight_format in (None, "auto") else str(weight_format))
     parts = {n: dequantise_blocks(t).astype(rounded).astype(target) for n, t in tensors.items()}
     stored = ", ".join(sorted({t.dtype.name for t in tensors.values()}))
     return ReferenceWeights(parts, dtype, tensors, f"{target.name} from {stored}")

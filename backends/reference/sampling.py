@@ -39,7 +39,7 @@ def sample(
         if temperature[row] == 0:
             chosen[row] = int(np.argmax(values))
         else:
-            wide = values / temperature[row]
+            wide = (values - values.max()) / temperature[row]
             chosen[row] = _draw(wide, int(top_k[row]), float(top_p[row]), float(uniform[row]))
     return chosen
 

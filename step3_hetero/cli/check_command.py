@@ -44,8 +44,10 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
     _print_roles(report)
     _print_crossing(report)
     click.echo(f"KV cache: {report['kv_blocks']} blocks of 128 tokens in every layer")
+    for said in report["overfull"]:
+        click.echo(f"note: does not fit: {said}")
     if here:
-        click.echo("every device is on this machine")
+        click.echo("every device is on this machine and has the memory")
 
 
 def _print_roles(report: dict) -> None:  # type: ignore[type-arg] # JSON

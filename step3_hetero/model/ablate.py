@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -28,11 +29,13 @@ class Source(Protocol):
 class Ablated:
     """Gives zeros for the output matrices of one part, the checkpoint's own for all else."""
 
-    def __init__(self, source: Source, part: str) -> None:
+    def __init__(self, source: Source, names: Iterable[str], part: str) -> None:
         if part not in PARTS:
             raise ConfigError(f"cannot ablate {part!r}; parts: {', '.join(PARTS)}")
         self._source = source
         self._zeroed = re.compile(rf"(^|\.){PARTS[part]}$")
+        if not any(map(self._zeroed.search, names)):
+            raise ConfigError(f"cannot ablate {part!r}: the model has none")
 
     def tensor(self, name: str) -> HostTensor:
         """Return one weight, or zeros of its shape."""

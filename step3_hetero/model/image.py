@@ -200,6 +200,7 @@ def crop_plan(size: Size, config: ImageConfig) -> CropPlan:
     """
     _check_size(size, "image", config.max_pixels)
     padded = _padded(size, config)
+    _check_size(padded, "image, padded to a square,", config.max_pixels)
     limited = _limited(padded, config)
     if min(limited) < 1:
         raise RequestError(

@@ -24,9 +24,11 @@ from step3_hetero.runtime.request import (
     PromptLike,
     Request,
     SamplingParams,
+    Token,
 )
 from step3_hetero.runtime.scheduler import Scheduler, Share, assemble
 from step3_hetero.runtime.sequence import SequenceState
+from step3_hetero.specs import LOGICAL_BLOCK
 
 Progress = Callable[[int, int], None]
 """Called after every step with (tokens done, tokens at most)."""
@@ -51,6 +53,7 @@ class Engine:
         self.placement = placement
         self.scheduler = Scheduler(max_batch, prefill_chunk, executor.kv_blocks)
         self._sequences: dict[int, SequenceState] = {}
+        self._done: dict[int, Completion] = {}
         self._submitted = 0
 
     @property
@@ -81,8 +84,10 @@ class Engine:
         on_progress: Progress | None = None,
     ) -> list[Completion]:
         """Answer many requests, batched; the answers come in the order of the requests."""
-        numbers = [self.submit(r.prompt, r.params, images=r.images) for r in requests]
-        return self.run(numbers, on_progress)
+        built = [(self.prompter.build(r.prompt, r.images), r.params) for r in requests]
+        for prompt, params in built:
+            self._room(prompt, params)
+        return self.run([self._queue(p, params, None) for p, params in built], on_progress)
 
     def submit(
         self,
@@ -97,41 +102,54 @@ class Engine:
         return self._queue(self.prompter.build(prompt, images), params, on_token)
 
     def step(self) -> list[Completion]:
-        """Run one micro-batch; return the requests that it finished."""
-        shares = self.scheduler.next_shares()
-        if not shares:
-            return []
-        now = time.perf_counter()
-        for share in shares:
-            share.sequence.started = share.sequence.started or now
-        batch = assemble(shares, self.prompter.banned_id)
-        self.executor.submit(batch)
-        self._distribute(shares, batch, self.executor.collect())
-        return [self._finish(s.sequence) for s in shares if s.sequence.finished]
+        """Run one micro-batch; return the requests finished since the last call.
+
+        An exception of a streaming callback cancels its own request and is raised once the step's
+        other requests are in order.
+        """
+        self._advance()
+        finished, self._done = list(self._done.values()), {}
+        return finished
 
     def run(self, numbers: Sequence[int], on_progress: Progress | None = None) -> list[Completion]:
-        """Step until the given requests are finished; return them in the order given."""
-        pending, done = set(numbers), {}
-        total = sum(self._sequences[n].max_new for n in numbers)
-        while pending:
-            for completion in self.step():
-                done[completion.request_id] = completion
-                pending.discard(completion.request_id)
-            if on_progress is not None:
-                running = sum(len(self._sequences[n].generated) for n in pending)
-                whole = sum(total_tokens(done[n]) for n in numbers if n in done)
-                on_progress(running + whole, total)
-        return [done[n] for n in numbers]
+        """Step until the given requests are finished; return them in the order given.
+
+        Others that finish meanwhile wait for the next ``step`` or ``run``. On an exception the
+        given requests are cancelled.
+
+        Raises:
+            RequestError: a number is not that of a request, or its answer was given out before.
+        """
+        for number in numbers:
+            if number not in self._sequences and number not in self._done:
+                raise RequestError(f"no request {number}; running: {sorted(self._sequences)}")
+        total = sum(self._sequences[n].max_new for n in numbers if n in self._sequences)
+        try:
+            while any(n in self._sequences for n in numbers):
+                self._advance()
+                if on_progress is not None:
+                    on_progress(sum(map(self._generated, numbers)), total)
+        except BaseException:
+            for number in numbers:
+                if number in self._sequences:
+                    self.cancel(number)
+                self._done.pop(number, None)
+            raise
+        return [self._done.pop(number) for number in numbers]
 
     def cancel(self, number: int) -> Completion:
         """Stop a request and free what it holds; return what it had so far.
+
+        Safe in a streaming callback. ``step`` and ``run`` report the request as cancelled, too.
 
         Raises:
             RequestError: no such request is running.
         """
         if number not in self._sequences:
             raise RequestError(f"no request {number}; running: {sorted(self._sequences)}")
-        return self._finish(self._sequences[number])
+        sequence = self._sequences[number]
+        sequence.finish("cancelled")
+        return self._finish(sequence)
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits after each token of a text.
@@ -142,9 +160,9 @@ class Engine:
         prompt = self.prompter.build(list(token_ids), ())
         number = self._queue(prompt, SamplingParams(max_tokens=1), None, all_rows=True)
         sequence = self._sequences[number]
-        while sequence.finished is None:
-            self.step()
-        return np.concatenate(sequence.logits)
+        self.run([number])
+        assert sequence.logits is not None
+        return sequence.logits
 
     def close(self) -> None:
         """Release the executor."""
@@ -166,7 +184,9 @@ class Engine:
         *,
         all_rows: bool = False,
     ) -> int:
-        max_new = self._check_length(len(prompt.token_ids), params.max_tokens, all_rows)
+        max_new = 0 if all_rows else self._room(prompt, params)
+        if all_rows:
+            self._check_length(len(prompt.token_ids), 0)
         self._submitted += 1
         sequence = SequenceState(
             id=self._submitted,
@@ -182,49 +202,104 @@ class Engine:
         self.scheduler.waiting.append(sequence)
         return sequence.id
 
-    def _check_length(self, prompt: int, wanted: int, all_rows: bool) -> int:
-        """Return how many tokens may be generated."""
-        context = self.model.text.max_positions
-        room = context - prompt
-        if prompt == 0:
-            raise RequestError("the prompt is empty; give at least one token")
-        if room < (0 if all_rows else 1):
+    def _room(self, prompt: Prompt, params: SamplingParams) -> int:
+        """Return how many tokens may be generated after a prompt."""
+        if params.stop and self.tokenizer is None:
             raise RequestError(
-                f"the prompt has {prompt} tokens, the model's context is {context} and at least "
-                "one token has to be generated; shorten the prompt"
+                f"stop {params.stop} needs text, but the checkpoint has no tokenizer.json"
             )
-        max_new = 0 if all_rows else min(wanted, room)
-        if not self.scheduler.fits(prompt + max_new):
-            held = self.scheduler.allocator.blocks
-            raise RequestError(
-                f"prompt and answer take {prompt + max_new} tokens, the KV cache holds "
-                f"{held * 128}; raise runtime.kv_blocks ({held}) or lower max_tokens"
-            )
+        length = len(prompt.token_ids)
+        self._check_length(length, 1)
+        max_new = min(params.max_tokens, self.model.text.max_positions - length)
+        self._check_blocks(length + max_new)
         return max_new
 
-    def _distribute(self, shares: Sequence[Share], batch: MicroBatch, result: BatchResult) -> None:
-        """Give each sequence its chosen token, or its logits."""
-        row = 0
+    def _check_length(self, prompt: int, wanted: int) -> None:
+        context = self.model.text.max_positions
+        if prompt == 0:
+            raise RequestError("the prompt is empty; give at least one token")
+        if prompt + wanted > context:
+            room = " and at least one token has to be generated" if wanted else ""
+            raise RequestError(
+                f"the prompt has {prompt} tokens, the model's context is {context}{room}; "
+                "shorten the prompt"
+            )
+        self._check_blocks(prompt + wanted)
+
+    def _check_blocks(self, tokens: int) -> None:
+        if not self.scheduler.fits(tokens):
+            held = self.scheduler.allocator.blocks
+            raise RequestError(
+                f"prompt and answer take {tokens} tokens, the KV cache holds "
+                f"{held * LOGICAL_BLOCK}; raise runtime.kv_blocks ({held}) or lower max_tokens"
+            )
+
+    def _advance(self) -> None:
+        """Run one micro-batch and file what it finished."""
+        shares = self.scheduler.next_shares()
+        if not shares:
+            return
+        now = time.perf_counter()
+        for share in shares:
+            share.sequence.started = share.sequence.started or now
+        batch = assemble(shares, self.prompter.banned_id)
+        self.executor.submit(batch)
+        told = self._distribute(shares, batch, self.executor.collect())
+        for share in shares:
+            if share.sequence.finished:
+                self._finish(share.sequence)
+        self._tell(told)
+
+    def _distribute(
+        self, shares: Sequence[Share], batch: MicroBatch, result: BatchResult
+    ) -> list[tuple[SequenceState, Token]]:
+        """Give each sequence its chosen token, or its logits; return what is to be told."""
+        told, row = [], 0
         for share in shares:
             sequence, completes = share.sequence, share.completes
-            sequence.computed += share.count
+            start, sequence.computed = sequence.computed, sequence.computed + share.count
             if sequence.all_rows:
                 assert result.logits is not None
-                sequence.logits.append(result.logits[row : row + share.count])
+                self._keep_logits(sequence, start, result.logits[row : row + share.count])
                 row += share.count
                 sequence.finished = "length" if completes else None
             elif completes:
-                sequence.accept(int(result.ids[row]), result.logprobs[row])
+                token = sequence.accept(int(result.ids[row]), result.logprobs[row])
+                told.append((sequence, token))
                 row += 1
+        return told
+
+    @staticmethod
+    def _keep_logits(sequence: SequenceState, start: int, rows: npt.NDArray[Any]) -> None:
+        if sequence.logits is None:
+            sequence.logits = np.empty((sequence.prompt_tokens, rows.shape[1]), rows.dtype)
+        sequence.logits[start : start + len(rows)] = rows
+
+    def _tell(self, told: Sequence[tuple[SequenceState, Token]]) -> None:
+        """Call the streaming callbacks; one that raises loses its own request only."""
+        failed: BaseException | None = None
+        for sequence, token in told:
+            if sequence.on_token is None:
+                continue
+            try:
+                sequence.on_token(token)
+            except BaseException as raised:
+                failed = raised
+                if sequence.id in self._sequences:
+                    self.cancel(sequence.id)
+        if failed is not None:
+            raise failed
 
     def _finish(self, sequence: SequenceState) -> Completion:
         self.scheduler.release(sequence)
         for image in range(len(sequence.prompt.images)):
             self.executor.forget_image(sequence.image_key(image))
-        del self._sequences[sequence.id]
-        return sequence.completion()
+        self._sequences.pop(sequence.id, None)
+        completion = self._done[sequence.id] = sequence.completion()
+        return completion
 
-
-def total_tokens(completion: Completion) -> int:
-    """Return the tokens a finished request generated."""
-    return len(completion.token_ids)
+    def _generated(self, number: int) -> int:
+        """Return the tokens a request has so far."""
+        if number in self._done:
+            return len(self._done[number].token_ids)
+        return len(self._sequences[number].generated)

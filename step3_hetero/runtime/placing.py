@@ -15,10 +15,13 @@ from step3_hetero.graph import Edge, GraphStage, StageGraph
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
-from step3_hetero.specs import AttentionSpec, CacheSpec, Limits
+from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, CacheSpec, Limits
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 """NumPy's names for the config's dtypes."""
+
+MOST_BLOCKS = (2**31 - 1) // LOGICAL_BLOCK
+"""Slots are int32."""
 
 KV_SHARE = 0.4
 """The part of the memory that weights leave which ``kv_blocks: auto`` may take."""
@@ -37,6 +40,11 @@ class RolePlan:
     stages: tuple[str, ...]
     weight_bytes: int
     kv_bytes_per_block: int
+
+    @property
+    def memory_domain(self) -> str:
+        """Return the name of the memory it lies in."""
+        return self.info.memory_domain or f"{self.backend.name}:{self.index}"
 
     @property
     def device(self) -> tuple[str, int]:
@@ -66,11 +74,12 @@ class Placement:
         return {
             "model": self.graph.name,
             "kv_blocks": self.kv_blocks,
+            "overfull": overfull(self),
             "roles": [
                 {
                     "role": r.name,
                     "backend": r.backend.name,
-                    "device": r.info.name,
+                    "device": f"{r.backend.name}:{r.index}",
                     "stages": stage_ranges(r.stages),
                     "weights": r.weight_format,
                     "weight_bytes": r.weight_bytes,
@@ -114,7 +123,6 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
         ConfigError: a stage is in two roles or in none, a layer is out of range.
         BackendNotFound: a role names a backend that is not installed.
         UnsupportedOp: a device cannot run a stage it was given.
-        PlacementError: a device cannot hold its weights.
     """
     role_of = config.assign([s.name for s in graph.stages])
     roles = {
@@ -133,13 +141,11 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
 def _role_plan(config: Config, name: str, stages: Sequence[GraphStage]) -> RolePlan:
     role = config.roles[name]
     backend = get_backend(role.backend)
-    info = backend.reference_info(role.card)
     weight_format = DTYPE.get(role.weights, role.weights)
-    _check_supported(config, name, backend, info, stages, weight_format)
-    return RolePlan(
+    plan = RolePlan(
         name,
         backend,
-        info,
+        backend.reference_info(role.card),
         role.devices[0] if role.devices else 0,
         role.options,
         weight_format,
@@ -147,52 +153,83 @@ def _role_plan(config: Config, name: str, stages: Sequence[GraphStage]) -> RoleP
         sum(_stage_bytes(s, weight_format) for s in stages),
         sum(_block_bytes(s) for s in stages),
     )
+    check_supported(config, plan, stages)
+    return plan
 
 
-def _check_supported(
-    config: Config,
-    role: str,
-    backend: Backend,
-    info: DeviceInfo,
-    stages: Sequence[GraphStage],
-    weight_format: str,
-) -> None:
-    where = config.where(f"roles.{role}.backend")
-    if config.runtime.batch_invariant and not info.batch_invariant:
+def check_supported(config: Config, role: RolePlan, stages: Sequence[GraphStage]) -> None:
+    """Ask a role's backend whether its device can run every op of its stages.
+
+    Raises:
+        UnsupportedOp: naming the stage, the op and the backend's reason.
+    """
+    if config.runtime.batch_invariant and not role.info.batch_invariant:
         raise UnsupportedOp(
-            f"{config.where('runtime.batch_invariant')}: backend {backend.name!r} of role {role!r} "
-            "is not batch-invariant; set runtime.batch_invariant: false or choose another backend"
+            f"{config.where('runtime.batch_invariant')}: backend {role.backend.name!r} of role "
+            f"{role.name!r} is not batch-invariant; set runtime.batch_invariant: false or choose "
+            "another backend"
         )
+    where = config.where(f"roles.{role.name}.backend")
     for spec, stage in {s.spec: s for s in reversed(stages)}.items():
-        for op in spec.ops(weight_format):
-            if reason := backend.supports(info, op):
+        for op in spec.ops(role.weight_format):
+            if reason := role.backend.supports(role.info, op):
                 raise UnsupportedOp(
-                    f"{where}: roles.{role}: {backend.name} on {info.name} cannot run "
-                    f"{stage.name}: {op}: {reason}"
+                    f"{where}: roles.{role.name}: {role.backend.name} on {role.info.name} cannot "
+                    f"run {stage.name}: {op}: {reason}"
                 )
 
 
 def _kv_blocks(config: Config, roles: Mapping[str, RolePlan], limits: Limits) -> int:
     """Return the logical blocks of every attention layer: as asked, or as memory allows."""
     wanted = config.runtime.kv_blocks
+    if wanted != "auto":
+        if int(wanted) > MOST_BLOCKS:
+            raise config.error("runtime.kv_blocks", f"{wanted} refused; allowed: to {MOST_BLOCKS}")
+        return int(wanted)
     most = limits.seqs * limits.blocks_per_seq
+    for shared in _domains(roles):
+        per_block = sum(r.kv_bytes_per_block for r in shared)
+        left = shared[0].info.memory_bytes - sum(r.weight_bytes for r in shared)
+        if per_block:
+            most = min(most, int(max(left, 0) * KV_SHARE) // per_block)
+    return max(most, 1)
+
+
+def _domains(roles: Mapping[str, RolePlan]) -> list[list[RolePlan]]:
+    """Return the roles that share one memory, memory by memory."""
+    found: dict[str, list[RolePlan]] = {}
     for role in roles.values():
-        left = role.info.memory_bytes - _bytes_on(roles, role.device)
-        if left < 0:
-            raise PlacementError(
-                f"{config.where(f'roles.{role.name}')}: {role.info.name} has "
-                f"{role.info.memory_bytes:,} bytes, the weights placed on it take "
-                f"{role.info.memory_bytes - left:,}; spread the stages over more devices"
+        found.setdefault(role.memory_domain, []).append(role)
+    return list(found.values())
+
+
+def overfull(placement: Placement) -> list[str]:
+    """Say of each memory that cannot hold what is placed in it what is asked and what is there."""
+    said = []
+    for shared in _domains(placement.roles):
+        weights = sum(r.weight_bytes for r in shared)
+        kv = sum(r.kv_bytes_per_block for r in shared) * placement.kv_blocks
+        there = shared[0].info.memory_bytes
+        if weights + kv > there:
+            names = ", ".join(r.name for r in shared)
+            said.append(
+                f"roles {names} on {shared[0].info.name}: {weights:,} bytes of weights and {kv:,} "
+                f"of KV cache ({placement.kv_blocks} blocks) into {there:,} bytes"
             )
-        if role.kv_bytes_per_block:
-            most = min(most, int(left * KV_SHARE) // role.kv_bytes_per_block)
-    if most < 1:
-        raise PlacementError("no device has room for one KV block beside its weights")
-    return most if wanted == "auto" else int(wanted)
+    return said
 
 
-def _bytes_on(roles: Mapping[str, RolePlan], device: tuple[str, int]) -> int:
-    return sum(r.weight_bytes for r in roles.values() if r.device == device)
+def check_memory(config: Config, placement: Placement) -> None:
+    """Refuse a placement that some memory cannot hold.
+
+    Raises:
+        PlacementError: naming the roles, the bytes asked and the bytes there are.
+    """
+    for said in overfull(placement):
+        asked = config.runtime.kv_blocks != "auto"
+        where = config.where("runtime.kv_blocks" if asked else "roles")
+        todo = "lower runtime.kv_blocks or spread the stages" if asked else "spread the stages"
+        raise PlacementError(f"{where}: does not fit: {said}; {todo} over more devices")
 
 
 def _stage_bytes(stage: GraphStage, weight_format: str) -> int:

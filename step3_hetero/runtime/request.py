@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,19 +43,30 @@ class SamplingParams:
         Raises:
             RequestError: naming the field, the value refused and what is allowed.
         """
-        top = 0 if self.logprobs is None else self.logprobs
-        ranges: dict[str, tuple[bool, str]] = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
-            "top_p": (0 < self.top_p <= 1, "over 0, at most 1"),
-            "seed": (0 <= self.seed < 2**64, "0 to 2**64 - 1"),
-            "stop": (all(self.stop), "strings that are not empty"),
-            "logprobs": (0 <= top <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        whole = (type(self.logprobs) is int and 0 <= self.logprobs <= MAX_LOGPROBS) or (
+            self.logprobs is None
+        )
+        texts = type(self.stop) is tuple and all(type(s) is str and s for s in self.stop)
+        checks: dict[str, tuple[bool, str]] = {
+            "max_tokens": (_whole(self.max_tokens, 1, 2**31), "a whole number, at least 1"),
+            "temperature": (_within(self.temperature, 0, 1e6), "0 (greedy) to 1000000"),
+            "top_k": (_whole(self.top_k, 0, 2**31), "a whole number, 0 (all tokens) or more"),
+            "top_p": (_within(self.top_p, 0, 1) and self.top_p > 0, "over 0, at most 1"),
+            "seed": (_whole(self.seed, 0, 2**64), "a whole number, 0 to 2**64 - 1"),
+            "stop": (texts, "a tuple of strings that are not empty"),
+            "logprobs": (whole, f"a whole number, 0 to {MAX_LOGPROBS}, or None"),
         }
-        for name, (fits, allowed) in ranges.items():
+        for name, (fits, allowed) in checks.items():
             if not fits:
                 raise RequestError(f"{name}: {getattr(self, name)!r} refused; allowed: {allowed}")
+
+
+def _whole(value: object, least: int, below: int) -> bool:
+    return type(value) is int and least <= value < below
+
+
+def _within(value: object, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= float(value) <= most  # type: ignore[arg-type] # a number by the test before
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ def _choice(wanted: Sequence[Share], banned: int) -> Choice:
 
 
 def _draw(sequence: SequenceState) -> float:
-    if sequence.params.temperature == 0:
+    if sequence.params.temperature == 0 or sequence.all_rows:
         return 0.0
     return uniform(sequence.params.seed, 0, len(sequence.tokens))
 

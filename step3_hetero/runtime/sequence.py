@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from step3_hetero.backend import Int32
 from step3_hetero.model.image import ImageViews
@@ -38,8 +40,9 @@ class SequenceState:
     table: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     computed: int = 0
     logprobs: list[RowLogprobs] = field(default_factory=list)
-    logits: list[Float32] = field(default_factory=list)
+    logits: npt.NDArray[Any] | None = None
     text: str = ""
+    told: int = 0
     finished: FinishReason | None = None
     arrived: float = field(default_factory=time.perf_counter)
     started: float = 0.0
@@ -80,26 +83,31 @@ class SequenceState:
             parts.append(ImagePart(self.image_key(number), int(first), int(last), index, pixels))
         return parts
 
-    def accept(self, token: int, logprobs: RowLogprobs | None) -> None:
-        """Append a chosen token; finish at a stop token, a stop string or the length."""
-        now = time.perf_counter()
-        self.first_token = self.first_token or now
-        if token in self.stop_ids:
-            self.finished = "stop"
+    def accept(self, token: int, logprobs: RowLogprobs | None) -> Token:
+        """Append a chosen token; finish at a stop token, a stop string or the length.
+
+        Returns what the streaming callback is to be told.
+        """
+        self.first_token = self.first_token or time.perf_counter()
         self.tokens.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        if self.finished is None and len(self.generated) >= self.max_new:
+        if token in self.stop_ids:
+            self.finished = "stop"
+        elif len(self.generated) >= self.max_new:
             self.finished = "length"
-        fresh = self._read(token)
-        if self.on_token is not None:
-            self.on_token(Token(token, fresh, logprobs))
+        return Token(token, self._read(token), logprobs)
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the sequence for a reason of the caller's; text held back is given out."""
+        self.finished = reason
+        if self.detokeniser is not None:
+            self.text += self.detokeniser.flush()
 
     def _read(self, token: int) -> str:
-        """Return the text that became readable, cut at a stop string."""
+        """Return the text that is sure by now: what may yet become a stop string is held back."""
         if self.detokeniser is None:
             return ""
-        before = len(self.text)
         if token not in self.stop_ids:
             self.text += self.detokeniser.add(token)
         if self.finished is not None:
@@ -108,7 +116,14 @@ class SequenceState:
             place = self.text.find(stop)
             if place >= 0:
                 self.text, self.finished = self.text[:place], "stop"
-        return self.text[before:]
+        sure = len(self.text) - (0 if self.finished else self._undecided())
+        fresh, self.told = self.text[self.told : sure], max(self.told, sure)
+        return fresh
+
+    def _undecided(self) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        starts = (stop[:n] for stop in self.params.stop for n in range(len(stop)))
+        return max((len(start) for start in starts if self.text.endswith(start)), default=0)
 
     def completion(self) -> Completion:
         """Return the finished request."""

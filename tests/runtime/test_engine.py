@@ -147,6 +147,11 @@ def test_a_long_prompt_does_not_stall_those_who_decode(engine_of, prompt):
         ("top_p", 1.5),
         ("seed", -1),
         ("stop", ("",)),
+        ("stop", "</think>"),
+        ("top_k", 2**31),
+        ("max_tokens", 2.5),
+        ("seed", 1.5),
+        ("temperature", True),
         ("logprobs", 100000),
     ],
 )
@@ -192,3 +197,88 @@ def test_a_request_larger_than_the_cache_is_refused_with_what_to_change(engine_o
 def test_generation_stops_at_the_context(engine_of, prompt):
     done = engine_of().generate(prompt(636), SamplingParams(max_tokens=50, **FREE))
     assert (len(done.token_ids), done.finish_reason) == (4, "length")
+
+
+def test_a_callback_that_raises_ends_its_own_request_only(engine_of, prompt):
+    engine = engine_of()
+    params = SamplingParams(max_tokens=6, **FREE)
+
+    def raise_(token):
+        raise RuntimeError("the listener is gone")
+
+    kept = engine.submit(prompt(30), params)
+    engine.submit(prompt(40, seed=1), params, on_token=raise_)
+    with pytest.raises(RuntimeError, match="the listener is gone"):
+        engine.step()
+    assert engine.run([kept])[0].token_ids == engine_of().generate(prompt(30), params).token_ids
+    assert engine.scheduler.allocator.free == engine.executor.kv_blocks
+
+
+@pytest.mark.parametrize(("at", "reason"), [(1, "cancelled"), (4, "length")])
+def test_a_callback_may_cancel_its_request_at_any_token(at, reason, engine_of, prompt):
+    engine = engine_of()
+    seen = []
+
+    def stop(token):
+        seen.append(token.id)
+        if len(seen) == at and number in engine._sequences:
+            engine.cancel(number)
+
+    number = engine.submit(prompt(9), SamplingParams(max_tokens=4, **FREE), on_token=stop)
+    done = engine.run([number])[0]
+    assert (len(done.token_ids), done.finish_reason) == (at, reason)
+
+
+def test_answers_finished_in_someone_elses_run_are_kept(engine_of, prompt):
+    engine = engine_of()
+    first = engine.submit(prompt(5), SamplingParams(max_tokens=2, **FREE))
+    engine.generate(prompt(6), SamplingParams(max_tokens=8, **FREE))
+    engine.logits(prompt(4))
+    assert len(engine.run([first])[0].token_ids) == 2
+    with pytest.raises(RequestError, match=f"no request {first}"):
+        engine.run([first])
+
+
+def test_a_refused_request_leaves_none_of_its_batch_behind(engine_of, prompt):
+    engine = engine_of()
+    with pytest.raises(RequestError):
+        engine.generate_all([Request(prompt(3)), Request([999])])
+    assert not engine.scheduler.waiting
+    assert not engine._sequences
+
+
+def test_a_temperature_near_zero_is_greedy(engine_of, prompt):
+    for backend in ("cpu", "reference"):
+        engine = engine_of(backend, backend)
+        cold = SamplingParams(max_tokens=6, temperature=1e-300, seed=5, **FREE)
+        greedy = SamplingParams(max_tokens=6, **FREE)
+        drawn, chosen = (engine.generate(prompt(9), p).token_ids for p in (cold, greedy))
+        assert drawn == chosen
+
+
+def test_what_a_block_held_before_does_not_reach_its_next_owner(engine_of, prompt):
+    engine = engine_of(kv_blocks=4)
+    clean = engine.generate(prompt(10), SamplingParams(max_tokens=4, **FREE)).token_ids
+    for cache in engine.executor._caches:
+        cache.k.fill_(float("inf"))
+        cache.v.fill_(float("inf"))
+    long, short = Request(prompt(120, seed=1)), Request(prompt(10))
+    params = SamplingParams(max_tokens=4, **FREE)
+    done = engine.generate_all([Request(r.prompt, params) for r in (long, short)])
+    assert done[1].token_ids == clean
+
+
+@pytest.mark.parametrize("attention,ffn", [("cpu", "cpu"), ("reference", "reference")])
+def test_weights_are_rounded_to_the_format_a_role_asks_for(attention, ffn, odd, prompt):
+    from step3_hetero.api import load
+
+    def logits(weights):
+        roles = {
+            "a": {"stages": ["embed", "attention", "head"], "backend": attention},
+            "f": {"stages": ["ffn"], "backend": ffn, "weights": weights},
+        }
+        config = {"version": 1, "model": str(odd), "roles": roles, "runtime": {"dtype": "fp32"}}
+        return load(config).logits(prompt(12))
+
+    exact, rounded = logits("auto"), logits("bf16")
+    assert 1e-4 < np.abs(exact - rounded).max() < 1

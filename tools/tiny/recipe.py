@@ -28,7 +28,7 @@ class Recipe:
 
     steps: int = 4000
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
     batch: int = 32
     learning_rate: float = 2e-3
     last_rate: float = 4e-5
