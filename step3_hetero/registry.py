@@ -29,15 +29,14 @@ def get_backend(name: str) -> Backend:
         backend: Backend = entry.load()()
     except Exception as cause:  # a stranger's package may raise anything
         raise BackendNotFound(f"{name!r} of {_owner(entry)} does not load: {cause!r}") from cause
+    owner, versions = _owner(entry), list(getattr(backend, "api_versions", ()))
+    if API_VERSION not in versions:
+        raise BackendNotFound(
+            f"{name!r} of {owner} is built for backend API {versions}, this is {API_VERSION}; "
+            "install a matching version"
+        )
     if not isinstance(backend, Backend) or backend.name != name:
-        raise BackendNotFound(
-            f"{name!r} of {_owner(entry)} gives {backend!r}, not a Backend of that name"
-        )
-    if API_VERSION not in backend.api_versions:
-        raise BackendNotFound(
-            f"{name!r} of {_owner(entry)} is built for backend API {list(backend.api_versions)}, "
-            f"this is {API_VERSION}; install a matching version"
-        )
+        raise BackendNotFound(f"{name!r} of {owner} gives {backend!r}, no Backend of that name")
     return backend
 
 

@@ -24,12 +24,15 @@ REQUESTS = {
     "image token, no image": (("--prompt-ids", "1,6,2"), r"1 <im_patch> token .* but 0 images"),
     "image token in text": (("--prompt", "<im_patch>"), r"1 <im_patch> token .* but 0 images"),
     "over the context": (("--prompt", "sum " * 5000), "tokens, the model's context is 4096"),
-    "no tokens": ((*ASK, "--max-tokens", "0"), "max_tokens: 0 refused; allowed: at least 1"),
+    "no tokens": (
+        (*ASK, "--max-tokens", "0"),
+        "max_tokens: 0 refused; allowed: a whole number, at least 1",
+    ),
     "temperature": ((*ASK, "--temperature", "nan"), "temperature: nan refused; allowed: 0"),
     "top_p": ((*ASK, "--top-p", "1.5"), "top_p: 1.5 refused; allowed: over 0"),
     "top_k": ((*ASK, "--top-k", "-2"), "top_k: -2 refused"),
     "seed": ((*ASK, "--seed", "-1"), "seed: -1 refused"),
-    "stop": ((*ASK, "--stop", ""), "stop: .*allowed: strings that are not empty"),
+    "stop": ((*ASK, "--stop", ""), "stop: .*allowed: a tuple of strings that are not empty"),
     "logprobs": ((*ASK, "--logprobs", "-1"), "logprobs: -1 refused"),
     "missing image": ((*ASK, "--image", "none.png"), "none.png: cannot be read: .*No such file"),
 }

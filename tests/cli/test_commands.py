@@ -217,8 +217,11 @@ def test_two_packages_with_one_name_are_both_named(package, run, digits, monkeyp
 
 
 def test_a_strangers_backend_takes_a_role(package, succeed, digits, monkeypatch):
-    source = "from step3_hetero.backends.reference import ReferenceBackend\n"
-    monkeypatch.syspath_prepend(package("stranger", "stranger = stranger:ReferenceBackend", source))
+    source = (
+        "from step3_hetero.backends.reference import ReferenceBackend\n"
+        "class Backend(ReferenceBackend):\n    name = 'stranger'\n"
+    )
+    monkeypatch.syspath_prepend(package("stranger", "stranger = stranger:Backend", source))
     assert "stranger" in [b["name"] for b in succeed("backends", "--json").json]
     setting = ("--set", "roles.f.backend=stranger")
     found = succeed("generate", digits, "--prompt-ids", "3", "--max-tokens", 2, "--json", *setting)
@@ -266,14 +269,16 @@ def test_check_shows_that_one_line_moves_a_stage(succeed, digits):
 
 
 def test_check_here_opens_the_devices(succeed, digits):
-    assert succeed("check", digits, "--here").out.endswith("every device is on this machine\n")
+    assert succeed("check", digits, "--here").out.endswith(
+        "every device is on this machine and has the memory\n"
+    )
     assert succeed("check", digits, "--here", "--json").json["here"] is True
 
 
 def test_check_here_refuses_a_backend_without_devices(package, run, succeed, digits, monkeypatch):
     source = (
         "from step3_hetero.backends.reference import ReferenceBackend\n"
-        "class Backend(ReferenceBackend):\n"
+        "class Backend(ReferenceBackend):\n    name = 'absent'\n"
         "    def why_unavailable(self):\n        return 'the driver is missing'\n"
     )
     monkeypatch.syspath_prepend(package("vendor_absent", "absent = vendor_absent:Backend", source))

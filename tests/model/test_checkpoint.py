@@ -18,9 +18,8 @@ from step3_hetero.model.quantise import dequantise
 from step3_hetero.model.safetensors_file import Shard
 from step3_hetero.specs import HostTensor
 
-INDEX = "model.safetensors.index.json"
+INDEX, NORM = "model.safetensors.index.json", "model.norm.weight"
 ROUTED = "model.layers.1.moe.gate_proj.weight"
-NORM = "model.norm.weight"
 
 
 @pytest.fixture
