@@ -26,7 +26,7 @@ SINGLE, SUM = "which digit is this ?", "what is the sum ?"
 QUESTIONS = [
     (SINGLE, ["7_held-out_0007.png"]),
     (SINGLE, ["3_held-out_0003.png"]),
-    (SUM, ["8_held-out_0040.png", "5_held-out_0005.png"]),
+    (SUM, ["9_held-out_0037.png", "4_held-out_0064.png"]),
     (SUM, ["2_held-out_0002.png", "6_held-out_0095.png"]),
 ]
 SHADES = " .:-=+*#%@"

@@ -23,21 +23,28 @@ def native_bf16() -> bool:
 
 
 class Matrix:
-    """One matrix with its bias, ready to multiply from the right: x·Wᵀ + b in the dtype of x.
+    """One matrix with its bias, ready to multiply from the right: x·Wᵀ + b.
 
-    ``packed`` is oneDNN's own layout. Where the processor has no bfloat16 products the weights are
-    held in float32 and so are the products: bfloat16 GEMM in plain code is ten times slower.
+    ``packed`` is oneDNN's own layout. Where the processor has no bfloat16 products, a single row
+    takes the weights as stored (half the bytes, and memory is all that counts), several rows take
+    them packed in float32: a bfloat16 GEMM in plain code is ten times slower.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        held = dtype if dtype != torch.bfloat16 or native_bf16() else torch.float32
-        self.dtype = held
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(held).contiguous(), None)
-        self.bias = None if bias is None else bias.to(held)
-        self.nbytes = weight.numel() * held.itemsize
+        split = dtype == torch.bfloat16 and not native_bf16()
+        self.dtype = torch.float32 if split else dtype
+        self.row = weight.contiguous() if split else None
+        self.row_bias = bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(
+            weight.to(self.dtype).contiguous(), None
+        )
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.nbytes = weight.numel() * (self.dtype.itemsize + (dtype.itemsize if split else 0))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Multiply; the result has the dtype in which the weights are held."""
+        """Multiply; the result has the dtype of ``x`` or of the packed weights."""
+        if self.row is not None and x.shape[0] == 1:
+            return F.linear(x, self.row, self.row_bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             x.to(self.dtype), self.packed, self.bias, "none", [], ""
         )
