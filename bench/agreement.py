@@ -21,7 +21,7 @@ from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.request import SamplingParams
 
 LARGEST = 5e-5
-"""Of a difference in log-probability, some eight times what float32 sums in two orders have shown."""
+"""Of a log-probability: some eight times the largest difference seen, 6e-6 (docs/benchmarks.md)."""
 
 LENGTHS = (1, 2, 17, 64, 127, 130)
 """Tokens of the prompts: around one KV block of 128 as well."""

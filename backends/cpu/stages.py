@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from step3_hetero.backend import BatchMeta, Device, Stage
@@ -48,10 +49,10 @@ class CpuAttention(Stage):
         s, w, batch = self.spec, self.w, self.batch
         assert batch is not None, "plan comes before run"
         low, k, v = w["qkv"](h).split(s.widths, -1)
-        q = w["wq"](rms_norm(low, w["inter_norm"], eps=s.eps)).view(-1, s.heads, s.head_dim)
-        cos, sin = batch.angles(s.head_dim, s.theta, q.dtype)
-        q = rotate(q, cos, sin)
-        k = rotate(k.view(-1, s.kv_heads, s.head_dim), cos, sin)
+        q = w["wq"](rms_norm(low, w["inter_norm"], eps=s.eps))
+        both = torch.cat((q, k), -1).view(-1, s.heads + s.kv_heads, s.head_dim)
+        both = rotate(both, *batch.angles(s.head_dim, s.theta, both.dtype))
+        q, k = both[:, : s.heads], both[:, s.heads :]
         self.cache.write(k, v.view(-1, s.kv_heads, s.head_dim), batch)
         out = att.attention(q, self.cache, batch, scale=s.scale)
         return out.view(-1, s.heads * s.head_dim)
