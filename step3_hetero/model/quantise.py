@@ -227,3 +227,5 @@ def _write_rest(source: Path, folder: Path) -> None:
         written = path.suffix == ".safetensors" or path.name in (INDEX, model_config.FILE)
         if path.is_file() and not written:
             shutil.copyfile(path, folder / path.name)
+    if (source / "eval").is_dir():
+        shutil.copytree(source / "eval", folder / "eval")
