@@ -20,7 +20,7 @@ from step3_hetero.model.tokenizer import Tokenizer
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.executor import Observer
-from step3_hetero.runtime.loader import OnStage, TensorSource, load_stages
+from step3_hetero.runtime.loader import OnStage, load_stages
 from step3_hetero.runtime.local import LocalExecutor
 from step3_hetero.runtime.placing import (
     DTYPE,
@@ -31,6 +31,7 @@ from step3_hetero.runtime.placing import (
     place,
 )
 from step3_hetero.runtime.prompting import Prompter
+from step3_hetero.specs import TensorSource
 
 
 @dataclass(frozen=True)

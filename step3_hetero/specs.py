@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,13 @@ class HostTensor:
     def dtype(self) -> np.dtype[Any]:
         """Return the stored dtype."""
         return self.data.dtype
+
+
+class TensorSource(Protocol):
+    """Where weights come from: a checkpoint, or one with a part zeroed."""
+
+    def tensor(self, name: str) -> HostTensor:
+        """Return one weight; its values are checked to be finite."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ PREPARE: Mapping[str, Callable[[Mapping[str, HostTensor], OpSpec], Weights]] = {
 
 
 def _return_freed_memory() -> None:
-    """Give back what loading freed: glibc keeps it, some 250 MB of a model of 460."""
+    """Give back to the system what loading freed; glibc keeps it otherwise."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

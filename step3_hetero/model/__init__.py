@@ -1,1 +1,1 @@
-""""""
+"""A model on disk: its config, weights, tokenizer and image constants."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 
 from step3_hetero.errors import ConfigError
-from step3_hetero.specs import HostTensor
+from step3_hetero.specs import HostTensor, TensorSource
 
 PARTS = {
     "attention": r"self_attn\.o_proj\.weight",
@@ -19,17 +18,10 @@ PARTS = {
 """The last matrix of each part: zeroed, the part adds nothing. Experts: routed and shared."""
 
 
-class Source(Protocol):
-    """Where weights come from."""
-
-    def tensor(self, name: str) -> HostTensor:
-        """Return one weight."""
-
-
 class Ablated:
     """Gives zeros for the output matrices of one part, the checkpoint's own for all else."""
 
-    def __init__(self, source: Source, names: Iterable[str], part: str) -> None:
+    def __init__(self, source: TensorSource, names: Iterable[str], part: str) -> None:
         if part not in PARTS:
             raise ConfigError(f"cannot ablate {part!r}; parts: {', '.join(PARTS)}")
         self._source = source

@@ -1,1 +1,1 @@
-""""""
+"""Requests in, tokens out: engine, scheduler, executor, placement."""

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from step3_hetero.backend import Array, Device, KVCache, Weights
 from step3_hetero.graph import GraphStage, Param, StageGraph
 from step3_hetero.runtime.local import LoadedStage
-from step3_hetero.specs import AttentionSpec, CacheSpec, HostTensor, Limits
+from step3_hetero.specs import AttentionSpec, CacheSpec, Limits, TensorSource
 
 OnStage = Callable[[str], None]
 """Called with a stage's name once it is loaded."""
-
-
-class TensorSource(Protocol):
-    """Where weights come from: a checkpoint, or one with a part zeroed."""
-
-    def tensor(self, name: str) -> HostTensor:
-        """Return one weight; its values are checked to be finite."""
 
 
 def load_stages(

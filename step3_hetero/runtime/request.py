@@ -66,7 +66,9 @@ def _whole(value: object, least: int, below: int) -> bool:
 
 
 def _within(value: object, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= float(value) <= most  # type: ignore[arg-type] # a number by the test before
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return least <= value <= most
 
 
 @dataclass(frozen=True, slots=True)

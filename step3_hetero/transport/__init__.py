@@ -1,1 +1,1 @@
-""""""
+"""Where edges between processes will live; with one process nothing here is needed yet."""
