@@ -18,6 +18,7 @@ class Op:
     """The meaning of one op.
 
     ``signature`` reads ``inputs -> outputs``, ``meaning`` says what a kernel may not change.
+    ``prepared`` ops take Weights; the result of an ``exact`` op is defined to the bit.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Op:
     meaning: str
     parameters: tuple[str, ...] = ()
     prepared: bool = False
+    exact: bool = False
 
 
 _OPS = (
@@ -33,11 +35,13 @@ _OPS = (
         "ids (tokens,) int32, table Weights[vocab, hidden] -> (tokens, hidden) T",
         "Row ids[t] of the table. No scale.",
         prepared=True,
+        exact=True,
     ),
     Op(
         "merge_rows",
         "x (tokens, hidden), rows (n, hidden), index (n,) int32 -> (tokens, hidden) T",
         "A copy of x whose row index[i] is rows[i]; index -1 is skipped.",
+        exact=True,
     ),
     Op(
         "rms_norm",
@@ -45,13 +49,19 @@ _OPS = (
         "x / sqrt(mean(x²) + eps) in W, rounded to T, then times weight in T: two roundings.",
         ("eps",),
     ),
-    Op("add", "x (tokens, hidden), y (tokens, hidden) -> (tokens, hidden) T", "x + y."),
+    Op(
+        "add",
+        "x (tokens, hidden), y (tokens, hidden) -> (tokens, hidden) T",
+        "x + y.",
+        exact=True,
+    ),
     Op(
         "linear",
         "x (tokens, in), Weights[out, in] -> (tokens, out) out_dtype",
-        "x·Wᵀ (+ bias). prepare takes one or several matrices, whose outputs stand side by side in "
-        "the order given, and at most one bias. out_dtype (default T) is the dtype of the result: "
-        "float32 for the router, whose logits are never rounded to T.",
+        "x·Wᵀ (+ bias); block FP8 is data · scale_inv in float32. prepare takes one or several "
+        "matrices, whose outputs stand side by side in the order given, and at most one bias. "
+        "out_dtype (default T) is the dtype of the result: float32 for the router, whose logits "
+        "are never rounded to T.",
         ("out_dtype",),
         prepared=True,
     ),
@@ -67,7 +77,8 @@ _OPS = (
         "q (tokens, heads, head_dim), KVCache, batch -> (tokens, heads, head_dim) T",
         "softmax(scale · q·kᵀ)·v over the keys of the token's own sequence at its position and "
         "before. Query head h reads KV head h // (heads / kv_heads). Scores and sums are in W; the "
-        "probabilities may be rounded to T before the product with v. Padded rows give zeros.",
+        "probabilities may be rounded to T before the product with v. Padded rows give zeros. "
+        "Keys and values are finite: zero times infinity need not be zero.",
         ("scale",),
     ),
     Op(
@@ -97,29 +108,45 @@ _OPS = (
         "rounded to T as linear and swiglu do; the weighted sum is in W. Id -1 adds nothing.",
         prepared=True,
     ),
-    Op("cast", "x -> x's shape, dtype", "Rounds to nearest, ties to even.", ("dtype",)),
+    Op(
+        "cast",
+        "x -> x's shape, dtype",
+        "Rounds to nearest, ties to even, float64 by way of float32. To float32 or bfloat16: what "
+        "needs a scale goes through quantise.",
+        ("dtype",),
+        exact=True,
+    ),
     Op(
         "quantise",
         "x (tokens, n) -> q (tokens, n), scale (tokens, ceil(n / 128)) float32",
         "One scale per token and 128 columns: largest magnitude / the format's largest value "
-        "(448 for float8_e4m3fn, 127 for int8), 1 where all are zero; q = x / scale, rounded.",
+        "(448 for float8_e4m3fn, 127 for int8), 1 where that is no normal float32; q = x / scale, "
+        "rounded. x is finite.",
         ("dtype",),
+        exact=True,
     ),
     Op(
         "dequantise",
         "q (tokens, n), scale (tokens, ceil(n / 128)) float32 -> (tokens, n) dtype",
         "q · scale in float32, rounded to dtype.",
         ("dtype",),
+        exact=True,
     ),
-    Op("select_rows", "x (tokens, n), rows (k,) int32 -> (k, n) T", "Row rows[i] of x, a copy."),
+    Op(
+        "select_rows",
+        "x (tokens, n), rows (k,) int32 -> (k, n) T",
+        "Row rows[i] of x, a copy.",
+        exact=True,
+    ),
     Op(
         "sample",
         "logits (rows, vocab) W, temperature (rows,), top_k (rows,) int32, top_p (rows,), "
         "uniform (rows,) -> ids (rows,) int32",
         "Temperature 0: the largest logit, of equal ones the lowest id. Otherwise softmax(logits / "
         "temperature), sorted falling (stable), cut to top_k (0: all) and to the shortest prefix "
-        "whose sum reaches top_p; the first entry whose cumulative sum exceeds uniform · total. Id "
-        "banned (-1: none) is never chosen.",
+        "whose sum reaches top_p; the first entry whose cumulative sum exceeds uniform · total, "
+        "the last possible one for uniform 1. Sums are in float64. Id banned (-1: none) is never "
+        "chosen.",
         ("banned",),
     ),
     Op(
@@ -142,7 +169,12 @@ _OPS = (
         "Bicubic (a = -0.5) with antialias and half-pixel centres, in W, not rounded to T.",
         ("size",),
     ),
-    Op("concat", "arrays (k_i, ...) -> (Σ k_i, ...) T", "One after another, always a copy."),
+    Op(
+        "concat",
+        "arrays (k_i, ...) -> (Σ k_i, ...) T",
+        "One after another, always a copy.",
+        exact=True,
+    ),
 )
 
 OPS: Mapping[str, Op] = {op.name: op for op in _OPS}

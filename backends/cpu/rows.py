@@ -39,8 +39,8 @@ def quantise(x: Tensor, *, dtype: str) -> tuple[Tensor, Tensor]:
     runs = -(-n // FP8_BLOCK)
     split = F.pad(x.float(), (0, runs * FP8_BLOCK - n)).view(tokens, runs, FP8_BLOCK)
     scale = split.abs().amax(-1) / LARGEST[dtype]
-    scale = torch.where(scale == 0, 1.0, scale)
-    q = (split / scale[..., None]).view(tokens, -1)[:, :n]
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    q = (split / scale[..., None]).view(tokens, runs * FP8_BLOCK)[:, :n]
     return (q.round() if dtype == "int8" else q).to(TORCH_DTYPE[dtype]), scale
 
 

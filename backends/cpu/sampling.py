@@ -32,4 +32,5 @@ def _draw(logits: Tensor, top_k: int, top_p: float, uniform: float) -> int:
         kept = int(torch.searchsorted(cumulative, top_p * (1 - 1e-12))) + 1
         cumulative = cumulative[:kept]
     place = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
-    return int(order[min(place, len(cumulative) - 1)])
+    possible = int(p[: len(cumulative)].count_nonzero())
+    return int(order[min(place, possible - 1)])

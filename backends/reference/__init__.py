@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from step3_hetero.backend import NO_OPTIONS, Backend, Device, DeviceInfo, check_options
-from step3_hetero.errors import PlacementError
+from step3_hetero.errors import ConfigError, PlacementError
 from step3_hetero.specs import OpSpec
+
+SUMMATION = ("blocked", "in-order")
+
+OPTIONS = {
+    "summation": "blocked (default), as NumPy adds; in-order, term after term, as a plain loop does"
+}
 
 
 class ReferenceBackend(Backend):
@@ -29,10 +35,16 @@ class ReferenceBackend(Backend):
         """Open the host."""
         from step3_hetero.backends.reference.device import ReferenceDevice
 
-        check_options("reference", options, {})
+        check_options("reference", options, OPTIONS)
+        summation = options.get("summation", SUMMATION[0])
+        if summation not in SUMMATION:
+            raise ConfigError(
+                f"backend 'reference', option summation: {summation!r} refused; allowed: "
+                + ", ".join(SUMMATION)
+            )
         if index != 0:
             raise PlacementError(f"reference has one device, reference:0; asked for {index}")
-        return ReferenceDevice()
+        return ReferenceDevice(summation)
 
     def supports(self, info: DeviceInfo, spec: OpSpec) -> str | None:
         """Refuse only dtypes that NumPy and ml_dtypes do not compute in."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from step3_hetero.backend import BatchMeta, KVCache
-from step3_hetero.backends.reference.arrays import Float, Int32, dtype_of, widen
+from step3_hetero.backends.reference.arrays import Float, Int32, dtype_of, product, total, widen
 from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
 
 
@@ -108,8 +108,9 @@ def attend(q: Float, k: Float, v: Float, visible: HostArray, scale: float) -> Fl
     out = np.zeros(q.shape, q.dtype)
     for head in range(q.shape[1]):
         keys, values = widen(k[:, head // group]), widen(v[:, head // group])
-        scores = (widen(q[:, head]) @ keys.T) * keys.dtype.type(scale)  # (queries, keys)
-        out[:, head] = (softmax(np.where(visible, scores, -np.inf)) @ values).astype(q.dtype)
+        scores = product(widen(q[:, head]), keys.T) * keys.dtype.type(scale)  # (queries, keys)
+        p = softmax(np.where(visible, scores, -np.inf))
+        out[:, head] = product(p, values).astype(q.dtype)
     return out
 
 
@@ -124,6 +125,6 @@ def softmax(scores: Float) -> Float:
         return scores
     top = scores.max(axis=-1, keepdims=True)
     shifted = np.exp(scores - np.where(np.isfinite(top), top, 0))
-    total = shifted.sum(axis=-1, keepdims=True)
-    p: Float = shifted / np.where(total == 0, 1, total)
+    summed = total(shifted)
+    p: Float = shifted / np.where(summed == 0, 1, summed)
     return p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from step3_hetero.backends.reference import (
     sampling,
     vision,
 )
-from step3_hetero.backends.reference.arrays import Float, dtype_of
+from step3_hetero.backends.reference.arrays import Float, dtype_of, in_order
 from step3_hetero.specs import CacheSpec, HostArray, HostTensor, OpSpec
 
 KERNELS: Mapping[str, Kernel] = {
@@ -79,13 +80,25 @@ def info() -> DeviceInfo:
     )
 
 
+def _in_order(kernel: Kernel) -> Kernel:
+    @wraps(kernel)
+    def summed(*args: Any, **parameters: Any) -> Any:
+        with in_order():
+            return kernel(*args, **parameters)
+
+    return summed
+
+
 class ReferenceDevice(Device):
-    """Arrays are NumPy arrays, every kernel runs at once."""
+    """Arrays are NumPy arrays, every kernel runs at once.
 
-    kernels = KERNELS
+    With ``summation`` in order, the terms of every sum are added one after the other.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, summation: str = "blocked") -> None:
         self.info = info()
+        ordered = {name: _in_order(kernel) for name, kernel in KERNELS.items()}
+        self.kernels = ordered if summation == "in-order" else KERNELS
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Float:
         """Copy, so that the caller's array and the device's are never one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from step3_hetero.backend import Weights
-from step3_hetero.backends.reference.arrays import Float, Int32, dtype_of, widen
+from step3_hetero.backends.reference.arrays import Float, Int32, dtype_of, product, widen
 from step3_hetero.backends.reference.quant import dequantise_blocks
 from step3_hetero.specs import HostTensor, wide
 
@@ -53,7 +53,7 @@ def linear(x: Float, weights: ReferenceWeights, *, out_dtype: str | None = None)
     """
     wide_x = widen(x)
     matrices = [part for name, part in weights.parts.items() if name != "bias"]
-    out = np.concatenate([wide_x @ m.T for m in matrices], axis=-1)
+    out = np.concatenate([product(wide_x, m.T) for m in matrices], axis=-1)
     if "bias" in weights.parts:
         out = out + weights.parts["bias"]
     rounded: Float = out.astype(dtype_of(out_dtype) if out_dtype else x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from step3_hetero.backends.reference.arrays import Float, Int32, widen
+from step3_hetero.backends.reference.arrays import Float, Int32, product, widen
 from step3_hetero.backends.reference.attention import softmax
 from step3_hetero.backends.reference.linear import ReferenceWeights
 
@@ -73,9 +73,9 @@ def experts(u: Float, weights: Float, ids: Int32, stack: ReferenceWeights) -> Fl
     for expert in np.unique(ids[ids >= 0]).tolist():
         tokens, column = np.nonzero(ids == expert)
         rows = widen(u[tokens])
-        both = np.concatenate([rows @ gate[expert].T, rows @ up[expert].T], axis=-1)
-        inner = swiglu(both.astype(u.dtype))
-        chosen[tokens, column] = (widen(inner) @ down[expert].T).astype(u.dtype)
+        both = [product(rows, part[expert].T) for part in (gate, up)]
+        inner = swiglu(np.concatenate(both, axis=-1).astype(u.dtype))
+        chosen[tokens, column] = product(widen(inner), down[expert].T).astype(u.dtype)
     total: Float = np.zeros(u.shape, widen(u[:0]).dtype)
     for place in range(ids.shape[1]):
         total = total + widen(chosen[:, place]) * widen(weights[:, place, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from step3_hetero.backends.reference.arrays import Float, widen
+from step3_hetero.backends.reference.arrays import Float, mean, widen
 
 
 def rms_norm(x: Float, weight: Float, *, eps: float) -> Float:
@@ -21,7 +21,7 @@ def rms_norm(x: Float, weight: Float, *, eps: float) -> Float:
     array([[0.8485, 1.1314]], dtype=float32)
     """
     w = widen(x)
-    mean_square = np.mean(w * w, axis=-1, keepdims=True)
+    mean_square = mean(w * w)
     unit: Float = (w / np.sqrt(mean_square + w.dtype.type(eps))).astype(x.dtype)
     return unit * weight
 
@@ -38,8 +38,8 @@ def layer_norm(x: Float, weight: Float, bias: Float, *, eps: float) -> Float:
     array([[-1.,  1.]], dtype=float32)
     """
     w = widen(x)
-    centred = w - w.mean(axis=-1, keepdims=True)
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)
+    centred = w - mean(w)
+    variance = mean(centred * centred)
     unit = centred / np.sqrt(variance + w.dtype.type(eps))
     out: Float = (unit * widen(weight) + widen(bias)).astype(x.dtype)
     return out

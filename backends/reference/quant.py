@@ -10,6 +10,9 @@ from step3_hetero.specs import FP8_BLOCK, HostTensor
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
 """The largest magnitude of each wire format."""
 
+SMALLEST_SCALE = np.finfo(np.float32).tiny
+"""Below it a scale has lost bits; all its run is then under half a code, and zero."""
+
 
 def dequantise_blocks(tensor: HostTensor) -> Float:
     """Return the weight itself: data · scale_inv per block of 128 × 128, data alone without scales.
@@ -45,8 +48,8 @@ def quantise(x: Float, *, dtype: str) -> tuple[Float, Float]:
     padded[:, :n] = widen(x)
     split = padded.reshape(tokens, runs, FP8_BLOCK)
     scale = np.abs(split).max(axis=-1, initial=0) / np.float32(LARGEST[dtype])
-    scale = np.where(scale == 0, np.float32(1), scale)
-    q = (split / scale[..., None]).reshape(tokens, -1)[:, :n]
+    scale = np.where(scale < SMALLEST_SCALE, np.float32(1), scale)
+    q = (split / scale[..., None]).reshape(padded.shape)[:, :n]
     rounded = np.rint(q) if dtype == "int8" else q
     return rounded.astype(dtype_of(dtype)), scale
 

@@ -51,4 +51,5 @@ def _draw(logits: Float, top_k: int, top_p: float, uniform: float) -> int:
     kept = int(np.searchsorted(cumulative, top_p * (1 - 1e-12))) + 1 if top_p < 1 else len(order)
     cumulative = cumulative[:kept]
     place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return int(order[min(place, len(cumulative) - 1)])
+    possible = int(np.count_nonzero(p[order[: len(cumulative)]]))
+    return int(order[min(place, possible - 1)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from step3_hetero.backends.reference.arrays import Float, widen
+from step3_hetero.backends.reference.arrays import Float, product, widen
 from step3_hetero.backends.reference.linear import ReferenceWeights
 from step3_hetero.backends.reference.moe import sigmoid
 from step3_hetero.resample import resize_matrix
@@ -38,7 +38,9 @@ def conv2d(x: Float, weights: ReferenceWeights, *, stride: int, padding: int) ->
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
     windows = windows[:, ::stride, ::stride]  # (images, h, w, channels, k, k)
     images, h, w = windows.shape[:3]
-    flat = windows.reshape(images * h * w, -1) @ weight.reshape(out_channels, -1).T
+    flat = product(
+        windows.reshape(images * h * w, weight[0].size), weight.reshape(out_channels, -1).T
+    )
     if "bias" in weights.parts:
         flat = flat + weights.parts["bias"]
     out: Float = flat.reshape(images, h, w, out_channels).astype(x.dtype)
@@ -55,5 +57,7 @@ def resize(x: Float, *, size: int) -> Float:
     w = widen(x)
     down = resize_matrix(w.shape[0], size, "bicubic").astype(w.dtype)
     across = resize_matrix(w.shape[1], size, "bicubic").astype(w.dtype)
-    out: Float = np.einsum("ih,jw,hwn->ijn", down, across, w, optimize=True)
-    return out
+    rows = product(down, w.reshape(w.shape[0], -1)).reshape(size, *w.shape[1:])  # (size, width, n)
+    turned = np.swapaxes(rows, 0, 1).reshape(w.shape[1], -1)  # (width, size · n)
+    out: Float = np.swapaxes(product(across, turned).reshape(size, size, -1), 0, 1)
+    return np.ascontiguousarray(out)
