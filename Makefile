@@ -9,13 +9,15 @@ SHELL := /bin/bash
 TORCH ?= 2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BACKEND ?= cpu
+WORKERS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test lint types wheel-test bench setup clean
+.PHONY: help demo test lint types wheel-test conformance bench setup clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -35,6 +37,11 @@ types: $(VENV)/.dev ## mypy --strict over the package
 
 wheel-test: $(VENV)/.dev ## build the wheel, install it away from the repository, run it there
 	@$(BIN)/python -m pytest -m wheel tests/test_packaging.py
+
+conformance: $(VENV)/.dev ## certify BACKEND (cpu) in full, some minutes, and renew docs/ops.md
+	@$(BIN)/step3-hetero conformance run --backend $(BACKEND) --full --workers $(WORKERS) \
+	  --json docs/certificates/$(BACKEND).certificate.json
+	@$(BIN)/python -m step3_hetero.conformance.ops_page
 
 bench: $(VENV)/.dev ## time the backends on this machine
 	@$(BIN)/python -m bench

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,11 @@ class Dtypes:
     wire: tuple[str, ...]
 
 
+Tier = Literal["device", "interpreted", "stand-in", "emulated"]
+"""What runs a backend's code: its own hardware, an interpreter of its kernels, host code that
+stands in for the vendor's library, or an emulator of the hardware."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
     """What is known of a device without opening it. None: not measured, not published.
@@ -66,6 +71,8 @@ class DeviceInfo:
     links: Mapping[str, float] = field(default_factory=dict)
     batch_invariant: bool = False
     memory_domain: str = ""
+    tier: Tier = "device"
+    driver: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,10 +310,15 @@ class Device(ABC):
 
 
 class Backend(ABC):
-    """One vendor. Importing its module must not import the vendor's driver."""
+    """One vendor. Importing its module must not import the vendor's driver.
+
+    ``borrows`` names the backends whose kernels work for this one; what is not declared there is a
+    silent fallback, and conformance fails it.
+    """
 
     name: ClassVar[str]
     api_versions: ClassVar[range] = range(1, API_VERSION + 1)
+    borrows: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def devices(self) -> Sequence[DeviceInfo]:

@@ -10,11 +10,13 @@ import step3_hetero
 import step3_hetero.backends.cpu
 import step3_hetero.backends.reference
 import step3_hetero.backends.torch_common
+import step3_hetero.placement
 
 PACKAGES = (
     step3_hetero.backends.cpu,
     step3_hetero.backends.reference,
     step3_hetero.backends.torch_common,
+    step3_hetero.placement,
     step3_hetero,
 )
 

@@ -143,6 +143,7 @@ def built(tmp_path_factory):
     for name in ("step3_hetero", "backends", "placement"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+    shutil.copytree(ROOT / "models", source / "models")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source)
@@ -183,6 +184,9 @@ def test_wheel_holds_each_source_once_under_one_name(built):
     }
     assert sorted(modules) == sorted(sources)
     assert "step3_hetero/py.typed" in names
+    model = {name for name in names if name.startswith("step3_hetero/conformance/model/")}
+    assert any(name.endswith(".safetensors") for name in model)
+    assert "step3_hetero/conformance/model/eval/held_out.npz" in model
     assert any(re.search(r"dist-info/licenses/LICENSE$", name) for name in names)
 
 
@@ -193,3 +197,13 @@ def test_installed_wheel_runs_without_the_repository(elsewhere, tmp_path):
     assert run(elsewhere / "step3-hetero", "--help", cwd=tmp_path).startswith("Usage: step3-hetero")
     listed = json.loads(run(elsewhere / "step3-hetero", "backends", "--json", cwd=tmp_path))
     assert {"reference", "cpu"} <= {backend["name"] for backend in listed}
+
+
+@pytest.mark.wheel
+def test_installed_wheel_certifies_a_backend(elsewhere, tmp_path):
+    run(elsewhere / "step3-hetero", "conformance", "run", "--backend", "cpu", "--only", "model",
+        "--only", "rope", "--json", "cpu.json", cwd=tmp_path)  # fmt: skip
+    written = json.loads((tmp_path / "cpu.json").read_text())
+    assert written["counts"] == {"passed": 12}
+    run(elsewhere / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs",
+        "step3_hetero.conformance", "--backend", "cpu", "-k", "model", cwd=tmp_path)  # fmt: skip

@@ -17,6 +17,9 @@ COMMANDS = {
     "check": "Show placement, edges and bytes of a config, without any hardware.",
     "graph": "Draw a model's stages, coloured by role.",
     "backends": "List installed backends and their devices.",
+    "cost": "Price a million decoded tokens: the paper's tables, any model, any card.",
+    "hardware": "Show the device catalogue, each number with its source.",
+    "conformance": "Hold a backend against the reference and certify it.",
     "checkpoint": "Inspect or quantise a checkpoint.",
 }
 """Each command and its line in ``--help``."""
@@ -67,7 +70,9 @@ def main() -> None:
     """
     settings = {"debug": False}
     try:
-        cli.main(prog_name="step3-hetero", standalone_mode=False, obj=settings)
+        code = cli.main(prog_name="step3-hetero", standalone_mode=False, obj=settings)
+        if code:  # a command that ran and found something wrong exits with 1
+            sys.exit(code)
     except Step3HeteroError as error:
         if settings["debug"]:
             traceback.print_exception(error)

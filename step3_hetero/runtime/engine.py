@@ -42,7 +42,7 @@ class Engine:
         model: ModelConfig,
         executor: Executor,
         prompter: Prompter,
-        placement: Placement,
+        placement: Placement | None,
         *,
         max_batch: int,
         prefill_chunk: int,

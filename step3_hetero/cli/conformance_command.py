@@ -1,0 +1,234 @@
+"""``step3-hetero conformance run|compare|record|verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from step3_hetero.cli.options import json_option, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from step3_hetero.conformance.certificate import Certificate
+    from step3_hetero.conformance.exam import CaseResult
+
+EPILOG = """\b
+Examples:
+  step3-hetero conformance run --backend cpu
+  step3-hetero conformance run --backend cuda:1 --full --json cuda.json --junit cuda.xml
+  step3-hetero conformance run --backend cpu --only "attention bfloat16" --only rope
+  step3-hetero conformance compare cuda.json ascend.json
+  step3-hetero conformance record --backend cpu --out vectors.safetensors
+  step3-hetero conformance verify vectors.safetensors --backend ascend
+"""
+
+file_argument = click.Path(dir_okay=False, path_type=Path)
+backend_option = click.option(
+    "--backend", "target", required=True, metavar="NAME[:INDEX]", help="The device on trial."
+)
+only_option = click.option(
+    "--only",
+    multiple=True,
+    metavar="TERM",
+    help="Words that a case's id must contain, or !WORD that it must not. May be repeated.",
+)
+scope_option = click.option(
+    "--full/--quick", "full", default=False, help="All cases, real sizes too; quick by default."
+)
+
+
+@click.group("conformance", epilog=EPILOG)
+def command() -> None:
+    """Hold a backend against the reference, case by case, and certify what holds."""
+
+
+@command.command("run")
+@backend_option
+@only_option
+@scope_option
+@click.option("--json", "certificate", type=file_argument, help="Write the certificate here.")
+@click.option("--junit", type=file_argument, help="Write a JUnit report here.")
+@click.option("--workers", "count", type=click.IntRange(1), default=1, show_default=True,
+              help="Processes; each opens the device.")  # fmt: skip
+@click.option("--deadline", type=click.FloatRange(1), default=300.0, show_default=True,
+              help="Seconds after which a case hangs.")  # fmt: skip
+def run(
+    target: str,
+    only: tuple[str, ...],
+    full: bool,
+    certificate: Path | None,
+    junit: Path | None,
+    count: int,
+    deadline: float,
+) -> None:
+    """Run the suite on one device. Exits 1 when a case fails that is no known gap."""
+    from step3_hetero.conformance.certificate import certify
+    from step3_hetero.conformance.gaps import known_gaps
+    from step3_hetero.conformance.junit import write_junit
+    from step3_hetero.conformance.suite import Target, apply_gaps, select, workers
+
+    asked = Target.parse(target)
+    backend = asked.backend()
+    gaps = known_gaps(backend)
+    chosen = select(only, full=full)
+    _check_folders(certificate, junit)
+    with workers(asked, count=count, deadline_s=deadline) as pool:
+        info = pool.describe()
+        results = []
+        with progress(f"conformance of {asked}") as advance:
+            for result in pool.examine(chosen):
+                results.append(result)
+                advance(len(results), len(chosen))
+    results = apply_gaps(results, gaps)
+    scope: Literal["quick", "full", "selected"] = "full" if full else "quick"
+    found = certify(backend, info, results, "selected" if only else scope)
+    _print_run(found, results)
+    if certificate is not None:
+        found.write(certificate)
+    if junit is not None:
+        write_junit(junit, f"conformance of {asked}", results)
+    if not found.passed:
+        raise click.exceptions.Exit(1)
+
+
+@command.command("compare")
+@click.argument("one", type=file_argument)
+@click.argument("other", type=file_argument)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@json_option
+def compare_command(one: Path, other: Path, limit: int, as_json: bool) -> None:
+    """List where two devices differ, although both may pass; the largest differences first."""
+    from step3_hetero.conformance.certificate import Certificate
+    from step3_hetero.conformance.compare import compare
+
+    certificates = [Certificate.read(path) for path in (one, other)]
+    found = compare(*certificates)
+    if as_json:
+        print_json({
+            "shared": found.shared,
+            "only": {str(p): sorted(o) for p, o in zip((one, other), found.only, strict=True)},
+            "status": [d.to_json() for d in found.status],
+            "results": [d.to_json() for d in found.results],
+            "other_cases": found.other_cases,
+        })  # fmt: skip
+        return
+    names = [f"{c.backend} ({c.device.description})" for c in certificates]
+    if found.other_cases:
+        click.echo("note: the two were judged by different versions of the cases")
+    if found.status:
+        standings = [(d.id, *d.status) for d in found.status]
+        print_table("another standing", ("case", *names), standings)
+    rows = [
+        (d.id, d.output, f"{d.apart:.2g}", f"{d.allowed:.2g}", f"{d.share:.2f}")
+        for d in found.results[:limit]
+    ]
+    title = f"both pass, results differ: {len(found.results)} of {found.shared} cases"
+    header = ("case", "output", "apart (squared, about)", "allowed to either", "share")
+    print_table(title, header, rows)
+
+
+@command.command("record")
+@backend_option
+@only_option
+@scope_option
+@click.option("--out", required=True, type=file_argument, help="The file to write.")
+def record_command(target: str, only: tuple[str, ...], full: bool, out: Path) -> None:
+    """Record inputs, exact results and bounds for a machine that this one cannot meet."""
+    from step3_hetero.conformance import vectors
+    from step3_hetero.conformance.forms import OpTrial
+    from step3_hetero.conformance.stages import StageCase
+    from step3_hetero.conformance.suite import Target, select
+
+    asked = Target.parse(target)
+    backend = asked.backend()
+    chosen = [t for t in select(only, full=full) if isinstance(t, OpTrial | StageCase)]
+    _check_folders(out)
+    device = backend.open(asked.index)
+    kept = {}
+    with progress(f"recording {asked}") as advance:
+        for done, (case, parts) in enumerate(vectors.record(backend, device, chosen), 1):
+            kept[case] = parts
+            advance(done, len(chosen))
+    vectors.write(out, backend, device, kept)
+    click.echo(f"{out}: {len(kept)} of {len(chosen)} cases, {out.stat().st_size:,} bytes")
+
+
+@command.command("verify")
+@click.argument("file", type=file_argument)
+@backend_option
+@json_option
+def verify_command(file: Path, target: str, as_json: bool) -> None:
+    """Run the cases of a vector file here and hold them against what was recorded there."""
+    from step3_hetero.conformance import vectors
+    from step3_hetero.conformance.suite import Target
+
+    asked = Target.parse(target)
+    backend = asked.backend()
+    manifest, cases = vectors.read(file)
+    device = backend.open(asked.index)
+    results = []
+    with progress(f"verifying on {asked}") as advance:
+        for result in vectors.verify(backend, device, cases):
+            results.append(result)
+            advance(len(results), len(cases))
+    failed = [r for r in results if r.status == "failed"]
+    if as_json:
+        print_json({"recorded_on": manifest["backend"], "verified_on": str(asked),
+                    "cases": [_brief(r) for r in results]})  # fmt: skip
+    else:
+        passed = sum(r.status == "passed" for r in results)
+        unclaimed = len(results) - passed - len(failed)
+        click.echo(
+            f"recorded on {manifest['backend']} ({manifest['device']}), verified on {asked}: "
+            f"{passed} passed, {len(failed)} failed, {unclaimed} not claimed"
+        )
+        _print_failures(failed)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _brief(result: CaseResult) -> dict[str, object]:
+    said = [f"{f.check}: {f.message}" for f in result.findings]
+    return {"id": result.id, "status": result.status, "worst": result.worst, "findings": said}
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Refuse a file that could not be written after minutes of work."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise click.BadParameter(f"{file}: no folder {str(file.parent)!r}")
+
+
+def _print_run(certificate: Certificate, results: list[CaseResult]) -> None:
+    groups: dict[tuple[str, str], list[CaseResult]] = {}
+    for result in results:
+        groups.setdefault((result.op, result.dtype), []).append(result)
+    rows = []
+    for (op, dtype), group in groups.items():
+        tried = [r for r in group if r.status != "unclaimed"]
+        counts = {
+            s: sum(r.status == s for r in group) for s in ("passed", "known gap", "unclaimed")
+        }
+        worst = max((r.worst for r in tried), default=None)
+        failed = len(group) - sum(counts.values())
+        shown = "" if worst is None else ("exact" if worst == 0 else f"{worst:.2f}")
+        rows.append((op, dtype, counts["passed"], failed or "", counts["known gap"] or "",
+                     counts["unclaimed"] or "", shown))  # fmt: skip
+    header = ("op", "dtype", "passed", "failed", "known gaps", "not claimed", "worst of bound")
+    print_table(f"conformance of {certificate.device.name} ({certificate.library})", header, rows)
+    _print_failures([r for r in results if r.status in ("failed", "crashed", "timeout")])
+    if not certificate.text_layer:
+        click.echo(f"no backend of Step-3: claims no {', '.join(certificate.missing)}")
+    if certificate.claimed_untested:
+        click.echo(f"claimed, and tried by no case: {', '.join(certificate.claimed_untested)}")
+    total = ", ".join(f"{n} {status}" for status, n in sorted(certificate.counts.items()))
+    verdict = "passed" if certificate.passed else "FAILED"
+    click.echo(f"{verdict}: {total} ({certificate.scope} run, tier: {certificate.device.tier})")
+
+
+def _print_failures(failed: list[CaseResult]) -> None:
+    for result in failed:
+        click.echo(f"{result.status}: {result.id}")
+        for finding in result.findings:
+            click.echo(f"    {finding.check}: {finding.message}")
