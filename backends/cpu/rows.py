@@ -30,7 +30,7 @@ def concat(*parts: Tensor) -> Tensor:
 
 def cast(x: Tensor, *, dtype: str) -> Tensor:
     """See ``reference.quant.cast``."""
-    return x.to(TORCH_DTYPE[dtype])
+    return x.to(TORCH_DTYPE[dtype], copy=True)
 
 
 def quantise(x: Tensor, *, dtype: str) -> tuple[Tensor, Tensor]:

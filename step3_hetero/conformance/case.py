@@ -23,8 +23,8 @@ class Case:
     """One call of one op.
 
     ``dims`` are sizes by name (a tuple where each sequence has its own), ``draw`` names the
-    distribution of the inputs, ``stored`` the dtype in which weights lie in the checkpoint. A case
-    that is ``full`` is left out of a quick run.
+    distribution of the inputs, ``stored`` the dtype in which weights lie in the checkpoint and
+    ``held`` that to which they are rounded before use. A quick run leaves out what is ``full``.
     """
 
     op: str
@@ -33,6 +33,7 @@ class Case:
     parameters: Mapping[str, Scalar] = field(default_factory=dict)
     draw: str = "normal"
     stored: str = ""
+    held: str = ""
     full: bool = False
 
     @property
@@ -45,6 +46,7 @@ class Case:
         said = [f"{name}={_said(size)}" for name, size in self.dims.items()]
         said += [f"{name}={value}" for name, value in self.parameters.items()]
         said += [f"stored={self.stored}"] if self.stored else []
+        said += [f"held={self.held}"] if self.held else []
         said += [self.dtype] + ([self.draw] if self.draw != "normal" else [])
         return f"{self.op}[{','.join(said)}]"
 
@@ -75,7 +77,7 @@ class Case:
                 for n, size in self.dims.items()}  # fmt: skip
         kv = self.dtype if self.op in ("attention", "kv_cache") else None
         op = "attention" if self.op == "kv_cache" else self.op
-        weights = "auto" if OPS[op].prepared else None
+        weights = (self.held or "auto") if OPS[op].prepared else None
         return (OpSpec(op, self.dtype, dims, self.parameters, weights, kv),)
 
 
@@ -94,6 +96,7 @@ def op(
     *,
     draw: str = "normal",
     stored: str = "",
+    held: str = "",
     full: bool = False,
     dtypes: tuple[str, ...] = DTYPES,
     **parameters: Scalar,
@@ -104,7 +107,7 @@ def op(
     ['float32', 'bfloat16']
     """
     for dtype in dtypes:
-        yield Case(name, dtype, dims, parameters, draw, stored, full)
+        yield Case(name, dtype, dims, parameters, draw, stored, held, full)
 
 
 @dataclass(frozen=True)

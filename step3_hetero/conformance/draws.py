@@ -49,7 +49,7 @@ def zero_rows(rng: np.random.Generator, shape: tuple[int, ...]) -> Float64:
 
 def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> Float64:
     """Rows whose sizes differ by up to ten orders of magnitude."""
-    sizes: Float64 = 10.0 ** rng.uniform(-5, 5, (*shape[:-1], 1))
+    sizes = np.power(10.0, rng.uniform(-5, 5, (*shape[:-1], 1)))
     return normal(rng, shape) * sizes
 
 
@@ -67,8 +67,8 @@ def offset(rng: np.random.Generator, shape: tuple[int, ...]) -> Float64:
 
 def overflowing(rng: np.random.Generator, shape: tuple[int, ...]) -> Float64:
     """Magnitudes at bfloat16's largest, 3.39e38: some lie beyond it and inside float32."""
-    sizes: Float64 = 3.4e38 * (1 - 2.0 ** -rng.integers(6, 12, shape))
-    return np.copysign(sizes, normal(rng, shape))
+    sizes = 3.4e38 * (1 - 2.0 ** -rng.integers(6, 12, shape))
+    return np.asarray(np.copysign(sizes, normal(rng, shape)), np.float64)
 
 
 def halfway(rng: np.random.Generator, shape: tuple[int, ...]) -> Float64:
@@ -94,16 +94,26 @@ DRAWS: Mapping[str, Draw] = {
 """Distributions of real inputs by the name that a case carries."""
 
 
-def weight(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, stored: str = "",
-           name: str = "w") -> HostTensor:  # fmt: skip
-    """Draw a weight so that outputs keep the size of inputs; ``stored`` as e4m3 gives it scales."""
+def weight(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    dtype: str,
+    stored: str = "",
+    name: str = "w",
+    *,
+    gain: float = 1.0,
+) -> HostTensor:
+    """Draw a weight so that outputs are ``gain`` times as large as inputs.
+
+    ``stored`` is the checkpoint's dtype, the case's unless given; as e4m3 it brings scales.
+    """
     fan_in = math.prod(shape[1:]) if len(shape) == 4 else shape[-1]
     if stored == "float8_e4m3fn":
         codes = tiled(rng, shape).astype(ml_dtypes.float8_e4m3fn)
         blocks = (*shape[:-2], -(-shape[-2] // FP8_BLOCK), -(-shape[-1] // FP8_BLOCK))
-        scale = (rng.random(blocks) + 0.5) / math.sqrt(fan_in)
+        scale = (rng.random(blocks) + 0.5) * gain / math.sqrt(fan_in)
         return HostTensor(name, codes, scale.astype(np.float32))
-    values = tiled(rng, shape) * np.float32(1 / math.sqrt(fan_in))
+    values = tiled(rng, shape) * np.float32(gain / math.sqrt(fan_in))
     return HostTensor(name, values.astype(dtype_of(stored or dtype)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -123,6 +123,24 @@ class Exam:
         assert self.arrays_after is not None
         placed = self.trial.place(self.device, self.inputs, self.trial.dtype)
         return host_results(self.device, self.trial.call(self.device, placed, self.trial.dtype))
+
+    @cached_property
+    def after_next_call(self) -> Results:
+        """Return the first run's results as they are after a call with other inputs."""
+        assert self.got is not None
+        turned = {n: x[::-1].copy() for n, x in self.inputs.arrays.items()}
+        other = self.trial.place(self.device, replace(self.inputs, arrays=turned), self.trial.dtype)
+        self.trial.call(self.device, other, self.trial.dtype)
+        return host_results(self.device, self.outputs)
+
+    @cached_property
+    def after_inputs_change(self) -> Results:
+        """Return the first run's results as they are once its inputs are overwritten."""
+        assert self.arrays_after is not None
+        for name, x in self.inputs.arrays.items():
+            if x.size:
+                self.device.copy_in(np.zeros_like(x), self.placed.arrays[name]).wait()
+        return host_results(self.device, self.outputs)
 
     @cached_property
     def fenced(self) -> tuple[Results, list[str]]:

@@ -48,7 +48,7 @@ def place(device: Device, case: Case, inputs: Inputs, dtype: str) -> Placed:
         parameters = dict(case.parameters)
         if "out_dtype" in parameters and dtype == "float64":
             parameters["out_dtype"] = "float64"
-        spec = OpSpec(case.op, dtype, {}, parameters, weight_format="auto")
+        spec = OpSpec(case.op, dtype, {}, parameters, weight_format=case.held or "auto")
         placed.weights = PREPARED.get(
             device, (case.id, dtype), lambda: device.prepare(case.op, inputs.weights, spec)
         )
@@ -86,12 +86,12 @@ def call_attention(device: Device, case: Case, placed: Placed) -> tuple[Array, .
 
 
 def call_cache(device: Device, case: Case, placed: Placed) -> tuple[Array, ...]:
-    """Write rows at their slots, copy a block, and read everything back."""
+    """Write rows at their slots, copy one block after another, and read everything back."""
     cache = placed.cache
     assert cache is not None
     cache.write(placed.arrays["k"], placed.arrays["v"], placed.batch)
     blocks = case.size("blocks")
-    cache.copy_blocks([(0, blocks - 1), (1, 0)])
+    cache.copy_blocks([(0, 1), (1, 2)])
     return tuple(cache.read(range(blocks)))
 
 
@@ -108,17 +108,31 @@ def draw_rows(*names: str, columns: str, vectors: tuple[str, ...] = (), factor: 
 
 
 def draw_linear(case: Case, rng: Rng) -> Inputs:
-    """x (tokens, in); one matrix for each size of ``out``; a bias where the draw asks for it."""
-    x = DRAWS[case.draw.removeprefix("biased-") or "normal"](
-        rng, (case.size("tokens"), case.size("in"))
-    )
+    """x (tokens, in); one matrix for each size of ``out``; a bias where the draw asks for it.
+
+    ``overflow`` leaves one value a row, 3e38 in every other, and weights of about ten: single
+    products beyond float32, infinite whatever the order of summation.
+    """
+    name = case.draw.removeprefix("biased-") or "normal"
+    shape = (case.size("tokens"), case.size("in"))
+    x = _lone(rng, shape) if name == "overflow" else DRAWS[name](rng, shape)
+    gain = 10 * shape[1] ** 0.5 if name == "overflow" else 1.0
     weights = {
-        f"w{i}": weight(rng, (out, case.size("in")), case.dtype, case.stored, f"w{i}")
+        f"w{i}": weight(rng, (out, shape[1]), case.dtype, case.stored, f"w{i}", gain=gain)
         for i, out in enumerate(case.sizes("out"))
     }
     if case.draw.startswith("biased-"):
         weights["bias"] = weight(rng, (sum(case.sizes("out")),), case.dtype, "", "bias")
     return Inputs({"x": x.astype(dtype_of(case.dtype))}, weights)
+
+
+def _lone(rng: Rng, shape: tuple[int, int]) -> HostArray:
+    """Return rows that are zero but for one value: 3e38 in every other row, 1 in the rest."""
+    x = np.zeros(shape)
+    x[np.arange(shape[0]), rng.integers(0, shape[1], shape[0])] = np.where(
+        np.arange(shape[0]) % 2 == 0, 3e38, 1.0
+    )
+    return x
 
 
 def draw_embed(case: Case, rng: Rng) -> Inputs:

@@ -12,7 +12,7 @@ Rng = np.random.Generator
 
 
 def draw_route(case: Case, rng: Rng) -> Inputs:
-    """Logits whose neighbours in rank stand clearly apart; ``ties`` and ``underflow`` on request.
+    """Logits whose neighbours in rank stand clearly apart; ``offset`` lifts them all by 1000.
 
     ``ties``: equal logits in every row, among them rows that are equal throughout. ``underflow``:
     all but the first few probabilities are zero in float32, so that ranks below are ties at zero.
@@ -26,6 +26,8 @@ def draw_route(case: Case, rng: Rng) -> Inputs:
     elif case.draw == "underflow":
         logits = np.array([rng.permutation(np.linspace(0, -110 * (experts - 1), experts))
                            for _ in range(tokens)]).reshape(tokens, experts)  # fmt: skip
+    elif case.draw == "offset":
+        logits = logits + 1000
     return Inputs({"logits": logits.astype(dtype_of(case.dtype))})
 
 
@@ -64,13 +66,15 @@ def draw_sample(case: Case, rng: Rng) -> Inputs:
     logits = (rng.standard_normal((rows, vocab)) * 3).astype(dtype_of(case.dtype))
     if case.draw == "ties":
         logits = np.round(logits)
-    banned = case.parameters.get("banned", -1)
+    banned = int(case.parameters.get("banned", -1))
+    if banned >= 0 and rows:
+        logits[:, banned] = logits.max(-1) + 1  # what may not be chosen is what would be
     kinds = np.arange(rows) % 5
     temperature = np.where(kinds == 0, 0.0, rng.choice([0.5, 1.0, 1.7], rows))
     top_k = np.where((kinds == 2) | (kinds == 4), min(20, vocab), 0).astype(np.int32)
     top_p, uniform = np.ones(rows), np.full(rows, 0.5)
     for row in np.nonzero(kinds)[0]:
-        shares = _shares(logits[row], float(temperature[row]), int(top_k[row]), int(banned))
+        shares = _shares(logits[row], float(temperature[row]), int(top_k[row]), banned)
         if kinds[row] >= 3:
             sums = np.cumsum(shares)
             kept = int(np.searchsorted(sums, 0.8 * sums[-1])) + 1

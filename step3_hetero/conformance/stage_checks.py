@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -46,25 +47,25 @@ def check_padding(exam: Exam) -> Iterator[str]:
 
 
 def check_batch_invariance(exam: Exam) -> Iterator[str]:
-    """A sequence alone gives what it gives among others.
+    """A sequence (an image, a wanted row) alone gives what it gives among others.
 
     To the bit where the device claims it, with ``batch_invariant`` in the stage's spec; within the
     bound elsewhere.
     """
-    trial, meta = exam.trial, exam.inputs.meta
-    if not isinstance(trial, StageCase) or meta is None or trial.kind in ("embed", "head"):
+    trial = exam.trial
+    if not isinstance(trial, StageCase) or trial.kind == "embed":
         return
     claimed = exam.device.info.batch_invariant
     whole = _run(exam, exam.inputs, claimed) if claimed else exam.got
-    alone = [_run(exam, one, claimed) for one in _sequences(exam.inputs)]
+    alone = [_run(exam, one, claimed) for one in _alone(exam.inputs, trial.kind)]
     joined = {n: np.concatenate([a[n] for a in alone]) for n in whole} if alone else {}
     if claimed:
         for name, got in joined.items():
             if not same_bits(got, whole[name]):
-                yield f"{name}: a sequence alone gives other bits than among others"
+                yield f"{name}: alone it has other bits than among others"
         yield from _beyond(exam, whole, "batch-invariant")
-    else:
-        yield from _beyond(exam, joined, "one sequence at a time")
+    elif joined:
+        yield from _beyond(exam, joined, "one at a time")
 
 
 def _run(exam: Exam, inputs: Inputs, batch_invariant: bool) -> Results:
@@ -74,14 +75,20 @@ def _run(exam: Exam, inputs: Inputs, batch_invariant: bool) -> Results:
     return host_results(exam.device, placed.run())
 
 
-def _sequences(inputs: Inputs) -> Iterator[Inputs]:
-    """Yield each sequence as a batch of its own."""
+def _alone(inputs: Inputs, kind: str) -> Iterator[Inputs]:
+    """Yield each sequence, each image of a vision stage or each wanted row of a head, by itself."""
+    if kind in ("vision", "head"):
+        split = "pixels" if kind == "vision" else "rows"
+        for place in range(len(inputs.arrays[split])):
+            one = inputs.arrays[split][place : place + 1]
+            yield replace(inputs, arrays={**inputs.arrays, split: one})
+        return
     meta = inputs.meta
     assert meta is not None
     for s in range(meta.seqs):
         start, stop = int(meta.query_starts[s]), int(meta.query_starts[s + 1])
         rows = slice(start, stop)
-        one = type(meta)(
+        one_meta = type(meta)(
             meta.positions[rows],
             meta.slots[rows],
             np.array([0, stop - start], np.int32),
@@ -89,7 +96,7 @@ def _sequences(inputs: Inputs) -> Iterator[Inputs]:
             meta.block_tables[s : s + 1],
         )
         arrays = {name: x[rows] for name, x in inputs.arrays.items()}
-        yield Inputs(arrays, inputs.weights, inputs.history, one)
+        yield Inputs(arrays, inputs.weights, inputs.history, one_meta)
 
 
 def _slots(exam: Exam, cache: HostArray) -> HostArray:

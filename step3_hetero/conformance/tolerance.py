@@ -59,6 +59,8 @@ def row_nmse(got: Float64, want: Float64) -> Float64:
 def judge(got: HostArray, want: HostArray, rounded: Sequence[HostArray]) -> Judged:
     """Hold a result of real numbers against the exact one; non-finite places count as agreed.
 
+    So do rows that are zero in ``want``: they have no size to err by, and are asked to be zero.
+
     Shapes: all (..., n); ``rounded`` are the reference's results in the case's dtype. A row is
     allowed FACTOR times the reference's squared error in that row, or in the mean row of the case
     if that is more, plus the dtype's squared roundoff. An element is allowed the same multiple of
@@ -75,10 +77,11 @@ def judge(got: HostArray, want: HostArray, rounded: Sequence[HostArray]) -> Judg
     own_rows = np.maximum.reduce([_finite_or_zero(row_nmse(o, w)) for o in owns])
     own_worst = max(np.max(np.abs(o - w) / unit, initial=0.0) for o in owns)
     mean = own_rows.mean() if own_rows.size else 0.0
+    sized = (w != 0).any(-1)
     return Judged(
-        row_nmse(g, w),
+        np.where(sized, row_nmse(g, w), 0),
         FACTOR * np.maximum(own_rows, mean) + roundoff**2,
-        np.abs(g - w),
+        np.where(sized[..., None], np.abs(g - w), 0),
         (np.sqrt(FACTOR) * own_worst + roundoff) * size,
     )
 

@@ -69,7 +69,8 @@ def test_what_is_claimed_and_never_tried_is_listed(cpu):
 
 def test_an_infinite_figure_survives_writing(cpu, tmp_path):
     backend, device = cpu
-    result = CaseResult("add[y]", "add", "float32", "crashed", (Finding("runs", "x"),), float("inf"))
+    finding = Finding("runs", "x")
+    result = CaseResult("add[y]", "add", "float32", "crashed", (finding,), float("inf"))
     certify(backend, device.info, [result], "selected").write(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text())["cases"][0]["worst"] == "inf"
     assert Certificate.read(tmp_path / "c.json").cases[0].worst == float("inf")

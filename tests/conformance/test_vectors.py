@@ -10,8 +10,13 @@ from step3_hetero.conformance.suite import select
 from step3_hetero.errors import ConfigError
 from step3_hetero.registry import get_backend
 
-CHOSEN = ("tokens=7,n=96", "route experts=48,top_k=3", "ffn_stage odd,layer=0", "kv_cache tokens=200",
-          "attention[ padding=4")  # fmt: skip
+CHOSEN = (
+    "tokens=7,n=96",
+    "route experts=48,top_k=3",
+    "ffn_stage odd,layer=0",
+    "kv_cache tokens=200",
+    "attention[ padding=4",
+)
 
 
 @pytest.fixture(scope="module")
