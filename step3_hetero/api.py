@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from step3_hetero.backend import Device
 from step3_hetero.config import Config
-from step3_hetero.errors import BackendNotFound, ConfigError, PlacementError
+from step3_hetero.errors import BackendNotFound, ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.graph import StageGraph, build_graph
 from step3_hetero.model.ablate import Ablated
 from step3_hetero.model.checkpoint import Checkpoint
@@ -33,6 +33,9 @@ from step3_hetero.runtime.placing import (
 from step3_hetero.runtime.prompting import Prompter
 from step3_hetero.specs import TensorSource
 
+if TYPE_CHECKING:
+    from step3_hetero.conformance.shadow import ShadowCheck
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -50,13 +53,15 @@ def load(
     ablate: str | None = None,
     observer: Observer | None = None,
     on_stage: OnStage | None = None,
+    shadow_folder: str | Path | None = None,
     **overrides: Any,
 ) -> Engine:
     """Load a model as a config file says and return an engine ready to generate.
 
     ``overrides`` are config keys with two underscores for each dot: ``roles__f__backend="cpu"``.
     ``ablate`` zeroes a part (attention, experts or vision), to see what it is worth. ``on_stage``
-    is called with each stage's name once it is loaded.
+    is called with each stage's name once it is loaded. ``shadow_folder`` is where the shadow check
+    puts excesses; ``shadow-excess`` beside the config unless given.
 
     Raises:
         ConfigError, BackendNotFound, UnsupportedOp, PlacementError, CheckpointError: what is wrong,
@@ -67,12 +72,14 @@ def load(
     checkpoint = Checkpoint.open(folder, model_config(read))
     resolved = resolve(read, checkpoint.config)
     source = Ablated(checkpoint, checkpoint.names(), ablate) if ablate else checkpoint
-    executor = _executor(resolved, source, observer, on_stage)
+    shadow = _shadow(resolved, source, shadow_folder)
+    observers = [o for o in (observer, shadow) if o is not None]
+    executor = _executor(resolved, source, observers, on_stage)
     runtime = resolved.config.runtime
     return Engine(
         resolved.model,
         executor,
-        _prompter(resolved.model, folder),
+        open_prompter(resolved.model, folder),
         resolved.placement,
         max_batch=runtime.max_batch,
         prefill_chunk=runtime.prefill_chunk,
@@ -107,6 +114,7 @@ def resolve(config: Config, model: ModelConfig | None = None) -> Resolved:
     model = model or model_config(config)
     graph = stage_graph(config, model)
     _check_backends(config)
+    _check_shadow(config, graph)
     return Resolved(config, model, graph, place(config, model, graph))
 
 
@@ -116,6 +124,37 @@ def _check_backends(config: Config) -> None:
             get_backend(role.backend)
         except BackendNotFound as cause:
             raise BackendNotFound(f"{config.where(f'roles.{name}.backend')}: {cause}") from cause
+
+
+def _check_shadow(config: Config, graph: StageGraph) -> None:
+    """Refuse half a shadow check, and a backend that cannot run the model."""
+    runtime = config.runtime
+    if runtime.shadow_backend is None:
+        if runtime.shadow_sample > 0:
+            raise config.error(
+                "runtime.shadow_sample",
+                f"{runtime.shadow_sample} without runtime.shadow_backend; name a backend, such as "
+                "reference",
+            )
+        return
+    if runtime.shadow_sample == 0:
+        raise config.error(
+            "runtime.shadow_backend",
+            f"{runtime.shadow_backend!r} without runtime.shadow_sample; give the part of runs to "
+            "check, such as 0.01",
+        )
+    where = f"{config.where('runtime.shadow_backend')}: runtime.shadow_backend"
+    try:
+        backend = get_backend(runtime.shadow_backend)
+    except BackendNotFound as cause:
+        raise BackendNotFound(f"{where}: {cause}") from cause
+    info = backend.reference_info(None)
+    for spec, stage in {s.spec: s for s in reversed(graph.stages)}.items():
+        for op in spec.ops("auto"):
+            if reason := backend.supports(info, op):
+                raise UnsupportedOp(
+                    f"{where}: {backend.name} cannot run {stage.name}: {op}: {reason}"
+                )
 
 
 def stage_graph(config: Config, model: ModelConfig | None = None) -> StageGraph:
@@ -163,18 +202,68 @@ def model_config(config: Config) -> ModelConfig:
 
 
 def _executor(
-    resolved: Resolved, source: TensorSource, observer: Observer | None, on_stage: OnStage | None
+    resolved: Resolved,
+    source: TensorSource,
+    observers: Sequence[Observer],
+    on_stage: OnStage | None,
 ) -> LocalExecutor:
     placement = resolved.placement
     opened = open_devices(resolved)
-    devices = {
-        stage: (role, opened[placement.roles[role].device], placement.roles[role].weight_format)
-        for stage, role in placement.role_of.items()
-    }
     stages, caches = load_stages(
-        resolved.graph, devices, source, placement.limits, placement.kv_blocks, on_stage
+        resolved.graph,
+        stage_devices(resolved, opened),
+        source,
+        placement.limits,
+        placement.kv_blocks,
+        on_stage,
     )
-    return LocalExecutor(resolved.graph, stages, caches, placement.limits, observer)
+    return LocalExecutor(resolved.graph, stages, caches, placement.limits, observers)
+
+
+def _shadow(
+    resolved: Resolved, source: TensorSource, folder: str | Path | None
+) -> ShadowCheck | None:
+    """Make the shadow check that a config asks for, if it asks for one."""
+    config, runtime = resolved.config, resolved.config.runtime
+    if runtime.shadow_backend is None:
+        return None
+    from step3_hetero.conformance.shadow import ShadowCheck
+
+    backend = get_backend(runtime.shadow_backend)
+    if reason := backend.why_unavailable():
+        key = "runtime.shadow_backend"
+        raise PlacementError(
+            f"{config.where(key)}: {key}: {backend.name!r} has no device here: {reason}"
+        )
+    roles = resolved.placement.roles
+    formats = {s: roles[role].weight_format for s, role in resolved.placement.role_of.items()}
+    place = Path(folder) if folder is not None else config._base / "shadow-excess"
+    peer = None if backend.name == "reference" else backend.open(0)
+    return ShadowCheck(resolved.graph, source, formats, runtime.shadow_sample, place, peer=peer)
+
+
+def shadow_check(engine: Engine) -> ShadowCheck | None:
+    """Return an engine's shadow check, whose ``report`` tells what it has seen; None without."""
+    from step3_hetero.conformance.shadow import ShadowCheck
+
+    return next((o for o in engine.executor.observers if isinstance(o, ShadowCheck)), None)
+
+
+def shadow_report(engine: Engine) -> dict[str, Any] | None:
+    """Return what an engine's shadow check has seen so far; None without one."""
+    found = shadow_check(engine)
+    return found.report() if found else None
+
+
+def stage_devices(
+    resolved: Resolved, opened: Mapping[tuple[str, int], Device]
+) -> dict[str, tuple[str, Device, str]]:
+    """Return, by stage, the name of its role, its device and its weight format."""
+    roles = resolved.placement.roles
+    return {
+        stage: (role, opened[roles[role].device], roles[role].weight_format)
+        for stage, role in resolved.placement.role_of.items()
+    }
 
 
 def open_devices(resolved: Resolved) -> dict[tuple[str, int], Device]:
@@ -217,6 +306,11 @@ def _open(config: Config, role: RolePlan) -> Device:
         raise PlacementError(f"{config.where(key)}: {key}: {cause}") from cause
 
 
-def _prompter(model: ModelConfig, folder: Path) -> Prompter:
+def open_prompter(model: ModelConfig, folder: Path) -> Prompter:
+    """Read what turns a question into tokens and pixels from a checkpoint's folder.
+
+    Raises:
+        ConfigError: tokenizer or image constants are damaged.
+    """
     size = model.vision.image_size if model.vision else None
     return Prompter(model, Tokenizer.read(folder), ImageConfig.read(folder, size))

@@ -19,7 +19,11 @@ COMMANDS = {
     "backends": "List installed backends and their devices.",
     "cost": "Price a million decoded tokens: the paper's tables, any model, any card.",
     "hardware": "Show the device catalogue, each number with its source.",
+    "plan": "Place a model on pools of unlike cards at the lowest price per token.",
+    "simulate": "Run a plan's pipeline on the clock: percentiles, utilisation, a Gantt chart.",
+    "profile": "Measure a device for the planner.",
     "conformance": "Hold a backend against the reference and certify it.",
+    "bisect": "Name the first layer, stage and op where a backend leaves the trusted one.",
     "checkpoint": "Inspect or quantise a checkpoint.",
 }
 """Each command and its line in ``--help``."""

@@ -66,6 +66,7 @@ def command(
     **sampling: Any,
 ) -> None:
     """Answer one prompt, with images if there are any."""
+    from step3_hetero.api import shadow_check, shadow_report
     from step3_hetero.runtime.request import SamplingParams
 
     question = _question(prompt, prompt_ids)
@@ -80,13 +81,16 @@ def command(
             stages = engine.executor.clock.to_json()
             placement = engine.placement.to_json()
             timings = {**done.timings, "stages": stages}
-            print_json({**done.to_json(), "timings": timings, "placement": placement})
+            seen = {"timings": timings, "placement": placement, "shadow": shadow_report(engine)}
+            print_json({**done.to_json(), **seen})
             return
         if done.text is None:
             click.echo(",".join(map(str, done.token_ids)), nl=False)
         click.echo()
         if done.logprobs is not None:
             _print_logprobs(engine, done)
+        if shadow := shadow_check(engine):
+            click.echo(shadow.sentence(), err=True)
 
 
 class _Counter:

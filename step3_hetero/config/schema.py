@@ -162,8 +162,8 @@ class Runtime(_Section):
     prefill_chunk: Count = 512
     """Tokens of a prompt in one step."""
     fallback: Annotated[bool, _later(False)] = False
-    shadow_backend: Annotated[Name | None, _later(None)] = None
-    shadow_sample: Annotated[float, Field(ge=0, le=1), _later(0.0)] = 0.0
+    shadow_backend: Name | None = None
+    shadow_sample: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Transport(_Section):

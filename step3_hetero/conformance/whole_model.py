@@ -115,7 +115,7 @@ def answers(device: Device, dtype: str, questions: int) -> Answers:
     assert vision is not None, "the tiny model sees"
     prompter = Prompter(model, Tokenizer.read(MODEL), ImageConfig.read(MODEL, vision.image_size))
     executor = LocalExecutor(graph, stages, caches, limits)
-    engine = Engine(model, executor, prompter, None, max_batch=16, prefill_chunk=PROMPT_TOKENS)
+    engine = Engine(model, executor, prompter, max_batch=16, prefill_chunk=PROMPT_TOKENS)
     with engine:
         return _answers(engine.generate_all(_requests(questions, model.text.vocab_size)),
                         model.text.vocab_size)  # fmt: skip

@@ -42,7 +42,7 @@ class Engine:
         model: ModelConfig,
         executor: Executor,
         prompter: Prompter,
-        placement: Placement | None,
+        placement: Placement | None = None,
         *,
         max_batch: int,
         prefill_chunk: int,
@@ -50,11 +50,17 @@ class Engine:
         self.model = model
         self.executor = executor
         self.prompter = prompter
-        self.placement = placement
+        self._placement = placement
         self.scheduler = Scheduler(max_batch, prefill_chunk, executor.kv_blocks)
         self._sequences: dict[int, SequenceState] = {}
         self._done: dict[int, Completion] = {}
         self._submitted = 0
+
+    @property
+    def placement(self) -> Placement:
+        """Return where each stage runs, as ``load`` resolved it."""
+        assert self._placement is not None, "this engine was put together without a config"
+        return self._placement
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from step3_hetero.backend import Array
+from step3_hetero.backend import Array, BatchMeta, Device, KVCache, Stage
 from step3_hetero.graph import GraphStage
 from step3_hetero.runtime.microbatch import BatchResult, MicroBatch, StageClock, Ticket
 from step3_hetero.specs import Limits
 
 
-class Observer(Protocol):
-    """Sees every stage as it runs; conformance installs its shadow check through this."""
+@dataclass(frozen=True, slots=True)
+class LoadedStage:
+    """A stage with its code, its device, the name of its role and, for attention, its cache."""
 
-    def stage(
-        self,
-        stage: GraphStage,
-        role: str,
-        inputs: Mapping[str, Array],
-        outputs: Mapping[str, Array],
-        seconds: float,
+    node: GraphStage
+    stage: Stage
+    device: Device
+    role: str
+    cache: KVCache | None = None
+
+
+class Observer(Protocol):
+    """Is told of every stage's run, before and after, in the thread that runs it.
+
+    The time it takes is the request's. What it wants to keep it copies: the arrays are the stages'
+    own, and the residual ``x`` may be overwritten by the run.
+    """
+
+    def before(
+        self, loaded: LoadedStage, meta: BatchMeta | None, inputs: Mapping[str, Array]
     ) -> None:
-        """Take note of one stage's run."""
+        """Look at what a stage is about to get; ``meta`` is None for the vision stage."""
+
+    def after(self, loaded: LoadedStage, outputs: Mapping[str, Array], seconds: float) -> None:
+        """Look at what the stage gave; the run is that of the last ``before``."""
 
 
 class Executor(ABC):
@@ -32,6 +46,7 @@ class Executor(ABC):
     limits: Limits
     kv_blocks: int
     clock: StageClock
+    observers: Sequence[Observer] = ()
 
     @abstractmethod
     def submit(self, batch: MicroBatch) -> Ticket:

@@ -8,7 +8,7 @@ from typing import Any
 
 from step3_hetero.backend import Array, Device, KVCache, Weights
 from step3_hetero.graph import GraphStage, Param, StageGraph
-from step3_hetero.runtime.local import LoadedStage
+from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.specs import AttentionSpec, CacheSpec, Limits, TensorSource
 
 OnStage = Callable[[str], None]
@@ -39,7 +39,7 @@ def load_stages(
         cache = open_cache(device, node, kv_blocks)
         caches += [cache] if cache else []
         stage = device.build(node.spec, weights, cache, limits)
-        loaded[node.name] = LoadedStage(node, stage, device, role)
+        loaded[node.name] = LoadedStage(node, stage, device, role, cache)
         if on_stage is not None:
             on_stage(node.name)
     return loaded, caches

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from step3_hetero.backend import Array, Device, KVCache, Stage
-from step3_hetero.graph import Edge, GraphStage, StageGraph
-from step3_hetero.runtime.executor import Executor, Observer
+from step3_hetero.backend import Array, BatchMeta, Device, KVCache
+from step3_hetero.graph import Edge, StageGraph
+from step3_hetero.runtime.executor import Executor, LoadedStage, Observer
 from step3_hetero.runtime.microbatch import (
     BatchResult,
     ImagePart,
@@ -26,16 +25,6 @@ Wires = dict[str, dict[str, Array]]
 """Inputs gathered so far: stage, tensor name, array on that stage's device."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedStage:
-    """A stage with its code, its device and the name of its role."""
-
-    node: GraphStage
-    stage: Stage
-    device: Device
-    role: str
-
-
 class LocalExecutor(Executor):
     """Runs the stages one after another; arrays cross devices through host memory."""
 
@@ -45,7 +34,7 @@ class LocalExecutor(Executor):
         stages: Mapping[str, LoadedStage],
         caches: Sequence[KVCache],
         limits: Limits,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.limits = limits
         self.kv_blocks = caches[0].spec.blocks
@@ -55,7 +44,7 @@ class LocalExecutor(Executor):
         self._head = stages["head"]
         self._vision = stages.get("vision")
         self._caches = caches
-        self._observer = observer
+        self.observers = observers
         self._out: dict[str, list[Edge]] = {s.name: [] for s in graph.stages}
         for edge in graph.edges:
             self._out[edge.source].append(edge)
@@ -91,18 +80,23 @@ class LocalExecutor(Executor):
         wires: Wires = {"embed": self._embed_inputs(batch)}
         for loaded in self._order:
             loaded.stage.plan(batch.meta)
-            self._deliver(loaded, self._call(loaded, wires.pop(loaded.node.name)), wires)
+            outputs = self._call(loaded, batch.meta, wires.pop(loaded.node.name))
+            self._deliver(loaded, outputs, wires)
         if len(batch.rows) == 0:
             return BatchResult(batch.rows, ())
         return self._choose(batch, wires["head"])
 
-    def _call(self, loaded: LoadedStage, inputs: dict[str, Array]) -> Mapping[str, Array]:
+    def _call(
+        self, loaded: LoadedStage, meta: BatchMeta | None, inputs: dict[str, Array]
+    ) -> Mapping[str, Array]:
+        for observer in self.observers:
+            observer.before(loaded, meta, inputs)
         start = time.perf_counter()
         outputs = loaded.stage.run(inputs)
         seconds = time.perf_counter() - start
         self.clock.add(loaded.role, loaded.node.kind, seconds)
-        if self._observer is not None:
-            self._observer.stage(loaded.node, loaded.role, inputs, outputs, seconds)
+        for observer in self.observers:
+            observer.after(loaded, outputs, seconds)
         return outputs
 
     def _deliver(self, loaded: LoadedStage, outputs: Mapping[str, Array], wires: Wires) -> None:
@@ -129,7 +123,7 @@ class LocalExecutor(Executor):
             loaded = self._vision
             assert loaded is not None, "the engine refuses images for a model that cannot see"
             pixels = [loaded.device.from_host(p, loaded.node.spec.dtype) for p in part.pixels]
-            seen = [self._call(loaded, {"pixels": p})["rows"] for p in pixels]
+            seen = [self._call(loaded, None, {"pixels": p})["rows"] for p in pixels]
             rows = loaded.device.kernel("concat")(*seen)
             self._images[part.key] = move(rows, loaded.device, self._stages["embed"].device)
         return self._images[part.key]
@@ -138,7 +132,7 @@ class LocalExecutor(Executor):
         device = self._head.device
         inputs["rows"] = device.from_host(batch.rows)
         self._head.stage.plan(batch.meta)
-        logits = self._call(self._head, inputs)["logits"]
+        logits = self._call(self._head, batch.meta, inputs)["logits"]
         c = batch.choice
         draws = (device.from_host(a) for a in (c.temperature, c.top_k, c.top_p, c.uniform))
         ids = device.to_host(device.kernel("sample")(logits, *draws, banned=c.banned))

@@ -8,7 +8,7 @@ import pytest
 
 from step3_hetero.registry import get_backend
 
-VENDOR = '''
+VENDOR = """
 import os, signal, time
 from step3_hetero.backend import Backend, Device
 from step3_hetero.registry import get_backend
@@ -52,7 +52,7 @@ class Bad(Backend):
 
     def reference_info(self, card):
         return self.inner.reference_info(card)
-'''
+"""
 
 
 @pytest.fixture(scope="session")
