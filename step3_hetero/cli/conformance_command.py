@@ -220,7 +220,7 @@ def _print_run(certificate: Certificate, results: list[CaseResult]) -> None:
     _print_failures([r for r in results if r.status in ("failed", "crashed", "timeout")])
     if not certificate.text_layer:
         click.echo(f"no backend of Step-3: claims no {', '.join(certificate.missing)}")
-    if certificate.claimed_untested:
+    if certificate.claimed_untested and certificate.scope != "selected":
         click.echo(f"claimed, and tried by no case: {', '.join(certificate.claimed_untested)}")
     total = ", ".join(f"{n} {status}" for status, n in sorted(certificate.counts.items()))
     verdict = "passed" if certificate.passed else "FAILED"
