@@ -73,10 +73,10 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.created
 
 $(VENV)/.run: pyproject.toml $(VENV)/.torch-$(TORCH)
 	@echo "installing step3-hetero"
-	@$(PIP) install --editable '.[cpu]'
+	@$(PIP) install --editable '.[cpu,plan]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.run
 	@echo "installing what tests and checks need"
-	@$(PIP) install --editable '.[cpu,dev]'
+	@$(PIP) install --editable '.[cpu,plan,dev]'
 	@touch $@
