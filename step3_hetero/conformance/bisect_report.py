@@ -20,8 +20,8 @@ class Divergence:
 
     ``op`` and ``call`` name the guilty op and which of its calls; ``op`` is None when every op
     alone is within its bound. ``ops`` has all of the stage's, in order. ``position`` is the token's
-    in the sequence, None for an image.
-    ``error`` and ``bound`` are squared and relative, or those of one element.
+    in the sequence, None for an image. ``error`` and ``bound`` are squared and relative, or those
+    of one element.
     """
 
     stage: str

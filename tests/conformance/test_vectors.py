@@ -36,7 +36,7 @@ def test_what_one_backend_recorded_another_verifies(recorded):
     manifest, cases = vectors.read(recorded)
     results = list(vectors.verify(*other_device(), cases))
     assert manifest["backend"] == "cpu"
-    assert len(results) == len(cases) > 20
+    assert len(results) == len(cases) > 10
     assert {r.status for r in results} == {"passed"}
 
 
