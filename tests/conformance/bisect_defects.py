@@ -32,20 +32,20 @@ View.__abstractmethods__ = frozenset()
 
 
 class Planted(View):
-    """A device that builds every stage well but the ``at``-th of one kind, counted from 0.
+    """A device that builds every stage well but some of one kind.
 
-    ``plant(device, spec, weights, cache, limits)`` builds that one.
+    ``plants`` has, by their number counted from 0, ``plant(device, spec, weights, cache, limits)``.
     """
 
-    def __init__(self, device, kind, at, plant):
+    def __init__(self, device, kind, plants):
         super().__init__(device, {})
-        self.kind, self.at, self.plant, self.seen = kind, at, plant, 0
+        self.kind, self.plants, self.seen = kind, plants, 0
 
     def build(self, spec, weights, cache, limits):
         number, self.seen = self.seen, self.seen + (spec.kind == self.kind)
-        if spec.kind != self.kind or number % LAYERS != self.at:
+        if spec.kind != self.kind or number % LAYERS not in self.plants:
             return self.whole.build(spec, weights, cache, limits)
-        return self.plant(self.whole, spec, weights, cache, limits)
+        return self.plants[number % LAYERS](self.whole, spec, weights, cache, limits)
 
 
 LAYERS = 4
@@ -209,4 +209,4 @@ def subject_of(model, device=None, *, role="a", dtype="fp32", backend="cpu", **r
 
 def planted(kind, at, plant, backend="reference"):
     """Return a device of ``backend`` with one stage built wrongly."""
-    return Planted(get_backend(backend).open(0), kind, at, plant)
+    return Planted(get_backend(backend).open(0), kind, {at: plant})

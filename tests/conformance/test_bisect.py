@@ -1,11 +1,13 @@
 """Bisect names what is wrong, and nothing when nothing is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conformance.bisect_defects import (
     DEFECTS,
+    Planted,
     Unscaled,
     View,
     planted,
@@ -51,6 +53,34 @@ def test_stage_whose_ops_are_all_right_is_named_as_such():
     assert "the fused stage; its ops alone are within bounds" in found.sentence()
 
 
+class Forgetful(View):
+    """A device whose caches leave the last row of every write as it was."""
+
+    def open_cache(self, spec):
+        return forgetful(self.whole.open_cache(spec), self.whole)
+
+
+def forgetful(cache, device):
+    write = cache.write
+
+    def all_but_the_last(k, v, batch):
+        slots = batch.meta.slots.copy()
+        slots[-1] = -1
+        write(k, v, device.batch(replace(batch.meta, slots=slots)))
+
+    cache.write = all_but_the_last
+    return cache
+
+
+def test_cache_write_that_leaves_a_stale_row_is_named():
+    def plant(device, spec, weights, cache, limits):
+        return compose(Forgetful(device, {}), spec, weights, forgetful(cache, device), limits)
+
+    subject = subject_of(TINY, planted("attention", 1, plant))
+    found = bisect(subject, "a", QUESTION, max_tokens=2).divergence
+    assert (found.stage, found.call) == ("attention[1]", "kv_cache")
+
+
 def test_weight_prepared_wrongly_is_named():
     def larger(data):
         return (1.01 * data.astype(np.float32)).astype(data.dtype)
@@ -82,21 +112,35 @@ def test_another_backend_can_be_trusted():
     assert (found.stage, found.op) == ("ffn[2]", "swiglu")
 
 
-def test_divergence_that_only_shows_late_is_found_at_its_token():
-    def late(device, spec, weights, cache, limits):
-        kernels = device.kernels
+def rope_wrong_after(last):
+    """Return a plant whose rotation is off by one beyond position ``last``."""
 
+    def plant(device, spec, weights, cache, limits):
         def rope(x, positions, *, theta):
-            far = positions > 150
-            return kernels["rope"](x, positions + far, theta=theta)
+            return device.kernels["rope"](x, positions + (positions > last), theta=theta)
 
         return compose(View(device, {"rope": rope}), spec, weights, cache, limits)
 
-    subject = subject_of(TINY, planted("attention", 3, late, "reference"))
+    return plant
+
+
+def test_divergence_that_only_shows_late_is_found_at_its_token():
+    subject = subject_of(TINY, planted("attention", 3, rope_wrong_after(150)))
     report = bisect(subject, "a", QUESTION, max_tokens=200, ignore_eos=True)
     found = report.divergence
     assert (found.stage, found.op, found.position) == ("attention[3]", "rope", 151)
     assert len(report.token_ids) < 200  # stops there
+
+
+def test_of_two_defects_the_one_that_shows_first_is_named_then_that_of_the_earlier_layer():
+    reference = get_backend("reference").open(0)
+    for last, stage in ((40, "attention[3]"), (-1, "attention[1]")):
+        plants = {1: rope_wrong_after(last), 3: DEFECTS[2].plant}
+        if last < 0:
+            plants[1] = DEFECTS[3].plant
+        subject = subject_of(TINY, Planted(reference, "attention", plants))
+        found = bisect(subject, "a", QUESTION, max_tokens=40, ignore_eos=True).divergence
+        assert found.stage == stage
 
 
 def test_prompt_in_chunks_and_over_several_blocks_is_followed():

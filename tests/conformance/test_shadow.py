@@ -11,6 +11,7 @@ from conformance.bisect_defects import DEFECTS, planted, subject_of
 from oracle.random_checkpoint import write_checkpoint
 
 from step3_hetero import api
+from step3_hetero.backend import BatchMeta
 from step3_hetero.conformance.bisect_replay import (
     Replay,
     read_replay,
@@ -19,6 +20,7 @@ from step3_hetero.conformance.bisect_replay import (
     write_replay,
 )
 from step3_hetero.conformance.bisect_rerun import rerun
+from step3_hetero.conformance.bisect_stage import compact
 from step3_hetero.conformance.shadow import ShadowCheck
 from step3_hetero.errors import BackendNotFound, ConfigError, ConformanceError
 from step3_hetero.runtime.request import SamplingParams
@@ -143,6 +145,20 @@ def test_batches_and_long_contexts_are_checked_against_their_own_keys(engine_of,
     report = api.shadow_report(engine)
     assert (report["excesses"], report["worst"] <= 1) == (0, True)
     assert report["checks"] >= 40
+
+
+def test_blocks_of_a_batch_are_numbered_anew_with_its_slots():
+    """Two sequences in blocks 9, 4 and 7 of the live cache; the last row is padding."""
+    meta = BatchMeta(
+        *(np.array(x, np.int32) for x in ([130, 5, 0], [4 * 128 + 2, 7 * 128 + 5, -1], [0, 1, 2])),
+        np.array([131, 6], np.int32),
+        np.array([[9, 4], [7, 0]], np.int32),
+    )
+    blocks, moved = compact(meta)
+    assert blocks == [4, 7, 9]
+    assert moved.slots.tolist() == [2, 128 + 5, -1]
+    assert moved.block_tables.tolist() == [[2, 0], [1, 0]]
+    assert moved.context_lens is meta.context_lens
 
 
 def test_another_backend_can_be_the_shadow(engine_of, small):

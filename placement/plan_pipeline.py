@@ -1,0 +1,190 @@
+"""The pipeline that a plan predicts, in the form that `simulate` reads."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
+
+from step3_hetero.placement.columns import AttentionColumn, FfnColumn, Problem
+from step3_hetero.placement.network import Wire, a2f_bytes, f2a_bytes
+from step3_hetero.placement.performance import AttentionStage
+from step3_hetero.placement.pipeline import (
+    LOCAL,
+    REMOTE,
+    AttentionGroup,
+    FfnGroup,
+    LayerRun,
+    PredictedPipeline,
+)
+from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, SplitPlan
+from step3_hetero.placement.workload import Part, Workload
+
+FURTHER = 1024
+"""Tokens of context over which the growth of attention's time is taken."""
+
+
+def pipeline_of(plan: AnyPlan, problem: Problem, layers: tuple[str, ...] = ()) -> PredictedPipeline:
+    """Return a plan's pipeline; ``layers`` names the kind of each layer in order, where known."""
+    if isinstance(plan, ColocatedPlan):
+        return _colocated(plan, problem, layers)
+    return _split(plan, problem, layers)
+
+
+def kinds(workload: Workload) -> dict[str, tuple[Part | None, Part | None, int]]:
+    """Return each kind of layer with its attention, its FFN and its number.
+
+    Where attention and FFN both come in several kinds that do not match by name, attention's is
+    None: the mean of all layers.
+    """
+    attention, ffn = workload.of("attention"), workload.of("ffn")
+    if len(ffn) == 1 and len(attention) > 1:
+        return {_suffix(p): (p, ffn[0], p.layers) for p in attention}
+    by_kind = {_suffix(p): p for p in attention}
+    return {
+        _suffix(p): (
+            attention[0] if len(attention) == 1 else by_kind.get(_suffix(p)), p, p.layers
+        )
+        for p in ffn
+    }  # fmt: skip
+
+
+def _suffix(part: Part) -> str:
+    """Return the kind of layer a part belongs to: "moe" of "ffn-moe"."""
+    return part.name.partition("-")[2] or part.name
+
+
+def _runs(workload: Workload, layers: tuple[str, ...], ffn: str) -> tuple[LayerRun, ...]:
+    if layers:
+        return tuple(LayerRun(len(list(run)), kind, ffn) for kind, run in groupby(layers))
+    return tuple(LayerRun(count, kind, ffn) for kind, (_, _, count) in kinds(workload).items())
+
+
+def attention_seconds(stage: AttentionStage, tokens: float) -> dict[str, float]:
+    """Return the seconds of attention in one layer of each kind."""
+    batch = np.array([float(tokens)])
+    parts = stage.workload.of("attention")
+    total = sum(p.layers * float(stage.layer_s(p, batch)[0]) for p in parts)
+    mean = total / sum(p.layers for p in parts)
+    return {
+        kind: mean if part is None else float(stage.layer_s(part, batch)[0])
+        for kind, (part, _, _) in kinds(stage.workload).items()
+    }
+
+
+def _per_context_token(stage: AttentionStage, tokens: float) -> float:
+    later = AttentionStage(stage.workload, stage.roof, stage.tp, stage.context + FURTHER)
+    batch = np.array([float(tokens)])
+    grown = float((later.pass_s(batch) - stage.pass_s(batch))[0])
+    return max(grown, 0.0) / FURTHER / stage.workload.layers
+
+
+def shares(plan: SplitPlan) -> list[tuple[int, int, int]]:
+    """Return which attention group feeds which FFN group with how many whole instances.
+
+    Instances that divide themselves go to the partner that takes most of them.
+    """
+    found: list[tuple[int, int, int]] = []
+    for n, (_, count) in enumerate(plan.attention):
+        flow = plan.flow[n]
+        wanted = count * flow / flow.sum() if flow.sum() else np.eye(1, len(flow))[0] * count
+        whole = np.floor(wanted + 1e-9).astype(int)
+        for place in np.argsort(whole - wanted)[: count - int(whole.sum())]:
+            whole[place] += 1
+        found += [(n, f, int(k)) for f, k in enumerate(whole) if k]
+    return found
+
+
+def _split(plan: SplitPlan, problem: Problem, layers: tuple[str, ...]) -> PredictedPipeline:
+    fed = shares(plan)
+    names_f = [_name(plan, c, k, plan.ffn) for k, (c, _) in enumerate(plan.ffn)]
+    groups = [
+        _attention_group(plan, problem, (n, f, count), names_f[f], index)
+        for index, (n, f, count) in enumerate(fed)
+    ]
+    sets = []
+    for f, (column, count) in enumerate(plan.ffn):
+        tokens = np.array([max(1.0, plan.flow[:, f].sum() / count)])
+        seconds = {
+            kind: float(column.stage.layer_s(part, tokens)[0])
+            for kind, (_, part, _) in kinds(problem.workload).items()
+            if part is not None
+        }
+        card = plan.pools[column.pool].card.name
+        sets.append(FfnGroup(names_f[f], card, count, column.cards, seconds))
+    between = max(
+        float(c.stage.between_s(np.array([max(1.0, plan.flow[n].sum() / count)]))[0])
+        for n, (c, count) in enumerate(plan.attention)
+    )
+    return PredictedPipeline(
+        plan.micro_batches,
+        problem.context,
+        _runs(problem.workload, layers, REMOTE),
+        tuple(groups),
+        tuple(s for s in sets if s.name in {g.feeds for g in groups}),
+        between,
+    )
+
+
+def _name(
+    plan: SplitPlan,
+    column: AttentionColumn | FfnColumn,
+    index: int,
+    columns: tuple[tuple[AttentionColumn, int], ...] | tuple[tuple[FfnColumn, int], ...],
+) -> str:
+    pool = plan.pools[column.pool].name
+    alone = sum(c.pool == column.pool for c, _ in columns) == 1
+    return pool if alone else f"{pool}-{index + 1}"
+
+
+def _attention_group(
+    plan: SplitPlan, problem: Problem, share: tuple[int, int, int], feeds: str, index: int
+) -> AttentionGroup:
+    n, f, count = share
+    column, partner = plan.attention[n][0], plan.ffn[f][0]
+    batch = max(1, round(plan.flow[n].sum() / plan.attention[n][1]))
+    wire = problem.wires[column.pool, partner.pool]
+    assert isinstance(wire, Wire), "columns without a wire are never paired"
+    rows = batch * partner.ep / column.cards
+    out, back = a2f_bytes(problem.workload, problem.wire_dtype), f2a_bytes(problem.workload)
+    pools = plan.pools
+    message_s = max(pools[p].efficiency.message_s for p in (column.pool, partner.pool))
+    other_hops = rows * (wire.message_s_per_byte - wire.busy_s_per_byte) * (out + back) / 2
+    only = len(plan.attention) == 1 and len(plan.ffn) == 1
+    name = pools[column.pool].name
+    return AttentionGroup(
+        name=name if only else f"{name}-{index + 1}",
+        card=pools[column.pool].card.name,
+        instances=count,
+        cards=column.cards,
+        batch=batch,
+        seconds=attention_seconds(column.stage, batch),
+        seconds_per_context_token=_per_context_token(column.stage, batch),
+        feeds=feeds,
+        a2f_s=rows * wire.busy_s_per_byte * out,
+        f2a_s=rows * wire.busy_s_per_byte * back,
+        latency_s=message_s + other_hops,
+    )
+
+
+def _colocated(plan: ColocatedPlan, problem: Problem, layers: tuple[str, ...]) -> PredictedPipeline:
+    """Return local layers only; what overlaps within an instance is already in its pass."""
+    in_flight = max(column.in_flight for column, _ in plan.columns)
+    between = max(
+        float(c.stage.attention.between_s(np.array([float(c.batch)]))[0]) for c, _ in plan.columns
+    )
+    groups = []
+    for index, (c, count) in enumerate(plan.columns):
+        each = max(c.pass_s / in_flight - between, 0.0) / problem.workload.layers
+        groups.append(
+            AttentionGroup(
+                name=f"{problem.pools[c.pool].name}-{index + 1}",
+                card=c.stage.card.name,
+                instances=count,
+                cards=c.cards,
+                batch=max(1, c.batch * c.stage.groups * c.in_flight // in_flight),
+                seconds={kind: each for kind in kinds(problem.workload)},
+            )
+        )
+    runs = _runs(problem.workload, layers, LOCAL)
+    return PredictedPipeline(in_flight, problem.context, runs, tuple(groups), (), between)

@@ -1,0 +1,272 @@
+"""Measuring a device through its contract: products, attention, whole stages of a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from step3_hetero.backend import Array, BatchMeta, Device
+from step3_hetero.graph import GraphStage
+from step3_hetero.placement.profile_file import Profile
+from step3_hetero.runtime.loader import open_cache, stage_weights
+from step3_hetero.specs import (
+    LOGICAL_BLOCK,
+    AttentionSpec,
+    CacheSpec,
+    FfnSpec,
+    HostTensor,
+    Limits,
+    OpSpec,
+)
+
+ROWS = (1, 4, 16, 64)
+CONTEXTS = (128, 512, 2048)
+STAGE_ROWS = (1, 2, 4, 8, 16, 32)
+STAGE_CONTEXTS = (32, 128, 512, 2048)
+WIDTH = 2048
+"""Of the square matrix that is multiplied: 8 MB in bfloat16, more than a core's cache."""
+
+SMALL = 16
+HEADS, HEAD_DIM = 16, 128
+
+RUNS = 7
+"""Of each measurement, after one that does not count; the median stands."""
+
+LEAST_S = 0.002
+"""Runs shorter than this are repeated until they take as long."""
+
+SEED = 0x57E3
+
+
+class Clock:
+    """Times actions; replaced in tests."""
+
+    def seconds(self, action: Callable[[], Any]) -> float:
+        """Return the median seconds of one call."""
+        started = time.perf_counter()
+        action()
+        once = max(time.perf_counter() - started, 1e-7)
+        times = max(1, int(LEAST_S / once))
+        return median(self._run(action, times) for _ in range(RUNS))
+
+    @staticmethod
+    def _run(action: Callable[[], Any], times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            action()
+        return (time.perf_counter() - started) / times
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A device, the dtype it computes in, and what times it."""
+
+    device: Device
+    dtype: str
+    clock: Clock
+
+    def array(self, *shape: int) -> Array:
+        """Return random values on the device."""
+        values = np.random.default_rng(SEED).standard_normal(shape, np.float32)
+        return self.device.from_host(values, self.dtype)
+
+    def timed(self, action: Callable[[], Array]) -> float:
+        """Return the seconds of an action, its result awaited by a copy of one element."""
+
+        def awaited() -> None:
+            self.device.to_host(action()[:1])
+
+        return self.clock.seconds(awaited)
+
+
+def measure(bench: Bench, backend: str, card: str | None) -> Profile:
+    """Measure products and attention; the rest of the profile is empty."""
+    info = bench.device.info
+    linear = list(_linears(bench))
+    one, most, tiny = linear[0], linear[len(ROWS) - 1], linear[-1]
+    element_bytes = 2 if bench.dtype == "bfloat16" else 4
+    return Profile(
+        backend=backend,
+        device={
+            "name": info.name,
+            "description": info.description,
+            "memory_bytes": info.memory_bytes,
+            "card": card,
+        },
+        dtype=bench.dtype,
+        bandwidth_bytes_per_s=WIDTH * WIDTH * element_bytes / one["seconds"],
+        flops_per_s=2 * most["rows"] * WIDTH * WIDTH / most["seconds"],
+        call_s=tiny["seconds"],
+        linear=linear,
+        attention=list(_attentions(bench)),
+    )
+
+
+def _linears(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Yield the square product at several numbers of rows, and the smallest one last."""
+    for rows, width in [*((rows, WIDTH) for rows in ROWS), (1, SMALL)]:
+        values = np.random.default_rng(SEED).standard_normal((width, width), np.float32)
+        weight = HostTensor("weight", values)
+        spec = OpSpec("linear", bench.dtype, {}, {"out_dtype": bench.dtype})
+        held = bench.device.prepare("linear", {"weight": weight}, spec)
+        kernel, x = bench.device.kernel("linear"), bench.array(rows, width)
+        seconds = bench.timed(lambda k=kernel, x=x, w=held: k(x, w))  # type: ignore[misc]
+        yield {"rows": rows, "inner": width, "columns": width, "seconds": seconds}
+
+
+def _attentions(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Yield decoding of 8 sequences with one KV head at several contexts."""
+    rows = 8
+    for context in CONTEXTS:
+        meta = decode_meta(rows, context)
+        blocks = rows * -(-context // LOGICAL_BLOCK)
+        cache = bench.device.open_cache(CacheSpec(1, HEAD_DIM, blocks, bench.dtype))
+        batch = bench.device.batch(meta)
+        kernel, q = bench.device.kernel("attention"), bench.array(rows, HEADS, HEAD_DIM)
+        seconds = bench.timed(
+            lambda k=kernel, q=q, c=cache, b=batch: k(q, c, b, scale=HEAD_DIM**-0.5)  # type: ignore[misc]
+        )
+        yield {
+            "rows": rows, "context": context, "heads": HEADS, "kv_heads": 1,
+            "head_dim": HEAD_DIM, "seconds": seconds,
+        }  # fmt: skip
+
+
+def decode_meta(rows: int, context: int) -> BatchMeta:
+    """Return one new token of each of ``rows`` sequences, ``context`` tokens long with it."""
+    blocks = -(-context // LOGICAL_BLOCK)
+    tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
+    last = context - 1
+    slots = tables[:, last // LOGICAL_BLOCK] * LOGICAL_BLOCK + last % LOGICAL_BLOCK
+    return BatchMeta(
+        positions=np.full(rows, last, np.int32),
+        slots=slots.astype(np.int32),
+        query_starts=np.arange(rows + 1, dtype=np.int32),
+        context_lens=np.full(rows, context, np.int32),
+        block_tables=tables,
+    )
+
+
+class RandomSource:
+    """Weights of the right shapes: what a stage costs does not depend on their values."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._draw = np.random.default_rng(SEED)
+
+    def tensor(self, name: str) -> HostTensor:
+        """Return one weight, small so that nothing overflows."""
+        values = self._draw.standard_normal(self._shapes[name], np.float32) * np.float32(0.02)
+        return HostTensor(name, values)
+
+
+def stage_key(stage: GraphStage) -> str:
+    """Return what makes two stages cost the same: kind and sizes."""
+    return f"{stage.spec!r}"
+
+
+def measure_stages(
+    bench: Bench,
+    stages: Sequence[GraphStage],
+    weight_format: str,
+    longest: int,
+    rows: Sequence[int] = STAGE_ROWS,
+) -> list[dict[str, Any]]:
+    """Measure each kind of stage at several batches and, for attention, contexts."""
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for stage in stages:
+        key = stage_key(stage)
+        if key in seen or stage.kind == "vision":
+            continue
+        seen.add(key)
+        run = _Runner(bench, stage, weight_format, longest, max(rows))
+        contexts = [c for c in STAGE_CONTEXTS if c < longest] + [longest]
+        for count in rows:
+            for context in contexts if stage.kind == "attention" else contexts[:1]:
+                found.append(
+                    {
+                        "kind": stage.kind, "key": key, "rows": count, "context": context,
+                        "seconds": run.seconds(count, context),
+                    }
+                )  # fmt: skip
+    return found
+
+
+class _Runner:
+    """One stage, built as the engine builds it, with random weights."""
+
+    def __init__(
+        self, bench: Bench, stage: GraphStage, weight_format: str, longest: int, rows: int
+    ) -> None:
+        shapes = {t: p.shapes[k] for p in stage.params for k, t in p.tensors.items()}
+        self.bench, self.node = bench, stage
+        blocks = -(-longest // LOGICAL_BLOCK)
+        weights = stage_weights(bench.device, stage, RandomSource(shapes), weight_format)
+        cache = open_cache(bench.device, stage, blocks * rows)
+        limits = Limits(tokens=rows, seqs=rows, blocks_per_seq=blocks)
+        self.stage = bench.device.build(stage.spec, weights, cache, limits)
+
+    def seconds(self, rows: int, context: int) -> float:
+        """Return the seconds of one run on ``rows`` sequences of ``context`` tokens."""
+        meta = decode_meta(rows, context)
+        fixed = {t.name: self._input(t.name, rows) for t in self.node.takes if t.name != "x"}
+        if self.node.kind == "head":
+            fixed["rows"] = self.bench.device.from_host(np.arange(rows, dtype=np.int32))
+        if self.node.kind == "embed":
+            ids = np.arange(rows, dtype=np.int32)
+            fixed = {"token_ids": self.bench.device.from_host(ids)}
+        hidden = getattr(self.node.spec, "hidden", SMALL)
+        needs_x = any(t.name == "x" for t in self.node.takes)
+        x = self.bench.array(rows, hidden)
+
+        def run() -> None:
+            self.stage.plan(meta)
+            self.stage.run({**fixed, **({"x": x} if needs_x else {})})
+
+        return self.bench.clock.seconds(run)
+
+    def _input(self, name: str, rows: int) -> Array:
+        spec = self.node.spec
+        if name == "ids" and isinstance(spec, FfnSpec):
+            draw = np.random.default_rng(SEED)
+            ids = [draw.permutation(spec.experts)[: spec.top_k] for _ in range(rows)]
+            return self.bench.device.from_host(np.array(ids, np.int32))
+        if name == "weights" and isinstance(spec, FfnSpec):
+            return self.bench.array(rows, spec.top_k)
+        return self.bench.array(rows, getattr(spec, "hidden", SMALL))
+
+
+def measure_crossing(
+    bench: Bench, hidden: int, rows: Sequence[int] = STAGE_ROWS
+) -> list[dict[str, Any]]:
+    """Measure an activation's way to the host and back."""
+
+    def once(x: Array) -> Callable[[], Any]:
+        return lambda: bench.device.from_host(bench.device.to_host(x))
+
+    return [
+        {
+            "rows": n, "columns": hidden,
+            "seconds": bench.clock.seconds(once(bench.array(n, hidden))),
+        }
+        for n in rows
+    ]  # fmt: skip
+
+
+def with_stages(
+    profile: Profile, bench: Bench, stages: Sequence[GraphStage], weight_format: str, longest: int
+) -> Profile:
+    """Return a profile that also knows the stages of a model."""
+    attention = [s.spec for s in stages if isinstance(s.spec, AttentionSpec)]
+    hidden = attention[0].hidden if attention else getattr(stages[0].spec, "hidden", SMALL)
+    return replace(
+        profile,
+        stages=measure_stages(bench, stages, weight_format, longest),
+        crossing=measure_crossing(bench, hidden),
+    )

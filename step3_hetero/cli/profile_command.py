@@ -1,0 +1,114 @@
+"""``step3-hetero profile``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from step3_hetero.cli.options import json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from step3_hetero.placement.profile_file import Profile
+
+EPILOG = """\b
+Examples:
+  step3-hetero profile --backend cpu
+  step3-hetero profile --backend cpu --config examples/digits.yaml --out cpu.yaml
+  step3-hetero plan --model step3 --pool h800=32 --profile h800.yaml
+"""
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@click.command("profile", epilog=EPILOG)
+@click.option("--backend", required=True, help="The backend to measure.")
+@click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Its number.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
+@click.option("--config", help="Measure the stages of this config's model, too.")
+@click.option("--card", help="The catalogue's name of the card; found by the driver's name.")
+@click.option("--out", help="Write the profile there.")
+@json_option
+def command(
+    backend: str, device: int, dtype: str, out: str | None, as_json: bool, **more: Any
+) -> None:
+    """Measure a device: products, attention, bandwidth, and the stages of a config's model.
+
+    The planner takes the file instead of the data sheet. Measure on a quiet machine.
+    """
+    profile = _measured(backend, device, DTYPES[dtype], **more)
+    if out is not None:
+        profile.write(Path(out))
+        click.echo(f"wrote {out}", err=True)
+    if as_json:
+        print_json(profile.to_json())
+    else:
+        _show(profile)
+
+
+def _measured(
+    backend: str, device: int, dtype: str, config: str | None, card: str | None
+) -> Profile:
+    from step3_hetero.errors import PlacementError
+    from step3_hetero.placement.catalogue import Catalogue
+    from step3_hetero.placement.profile_measure import Bench, Clock, measure
+    from step3_hetero.registry import get_backend
+
+    found = get_backend(backend)
+    if reason := found.why_unavailable():
+        raise PlacementError(f"--backend {backend!r} has no device here: {reason}")
+    opened = found.open(device)
+    catalogue = Catalogue.read()
+    if card is not None:
+        named: str | None = catalogue.card(card).name
+    else:
+        known = catalogue.by_driver_name(opened.info.description)
+        named = known.name if known else None
+    bench = Bench(opened, dtype, Clock())
+    if config is None:
+        return measure(bench, backend, named)
+    return _with_model(measure(bench, backend, named), bench, backend, config)
+
+
+def _with_model(profile: Profile, bench: Any, backend: str, config: str) -> Profile:
+    """Add the stages of a config's model, as this backend would run all of them."""
+    from step3_hetero.api import resolve
+    from step3_hetero.config import Config
+    from step3_hetero.placement.profile_measure import with_stages
+    from step3_hetero.placement.profile_predict import measure_engine
+
+    resolved = resolve(Config.read(Path(config)))
+    dtype = resolved.graph.by_name["head"].spec.dtype
+    formats = [
+        r.weight_format for r in resolved.placement.roles.values() if r.backend.name == backend
+    ]
+    longest = min(resolved.model.text.max_positions, LONGEST)
+    stages = [stage for stage in resolved.graph.stages if stage.kind != "vision"]
+    bench = replace(bench, dtype=dtype)
+    held = with_stages(profile, bench, stages, formats[0] if formats else "auto", longest)
+    return replace(held, step_s=measure_engine(resolved.model, resolved.placement))
+
+
+LONGEST = 2048
+"""Tokens of the longest context measured."""
+
+
+def _show(profile: Profile) -> None:
+    click.echo(f"{profile.device['name']} ({profile.device['description']}), {profile.dtype}")
+    click.echo(
+        f"{profile.bandwidth_bytes_per_s / 1e9:.1f} GB/s, {profile.flops_per_s / 1e9:.1f} GFLOP/s, "
+        f"{profile.call_s * 1e6:.1f} us a call"
+    )
+    rows = [
+        (f"linear {e['inner']} x {e['columns']}", e["rows"], "-", f"{e['seconds'] * 1e6:.1f}")
+        for e in profile.linear
+    ]
+    rows += [("attention", e["rows"], e["context"], _us(e)) for e in profile.attention]
+    rows += [(e["kind"], e["rows"], e["context"], _us(e)) for e in profile.stages]
+    print_table("measured", ("what", "rows", "context", "us"), rows)
+
+
+def _us(entry: Any) -> str:
+    return f"{entry['seconds'] * 1e6:.1f}"
