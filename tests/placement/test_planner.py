@@ -45,7 +45,9 @@ def faster_link(n, pool):
     card, server = pool.card, pool.card.server
     rate = server.host_nic_bytes_per_s
     server = replace(server, host_nic_bytes_per_s=rate and rate * 1.7)
-    return replace(pool, card=replace(card, nic_bytes_per_s=card.nic_bytes_per_s * 1.3, server=server))
+    return replace(
+        pool, card=replace(card, nic_bytes_per_s=card.nic_bytes_per_s * 1.3, server=server)
+    )
 
 
 def larger(n, pool):
@@ -62,17 +64,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("demand", [None, 60_000.0], ids=["ratio", "demand"])
+@pytest.mark.parametrize("demand", [None, 20_000.0], ids=["ratio", "demand"])
 def test_what_helps_never_raises_the_cost(change, demand):
-    moved = 0
+    feasible = 0
     for seed in range(16):
         request = replace(instance(seed), objective="usd", demand=demand)
-        before, after = plan(request).winner.score, plan(change(request)).winner.score
-        assert after <= before * (1 + TINY_STEP) or before == after == math.inf
-        split = plan(request).split.score, plan(change(request)).split.score
-        assert split[1] <= split[0] * (1 + TINY_STEP) or split[0] == split[1] == math.inf
-        moved += after < before
-    assert moved or change is CHANGES["a slightly looser target"]
+        before, after = plan(request), plan(change(request))
+        for old, new in ((before.winner, after.winner), (before.split, after.split)):
+            assert new.score <= old.score * (1 + TINY_STEP) or new.score == old.score == math.inf
+        feasible += before.split.plan is not None
+    assert feasible >= 3
 
 
 def test_what_helps_does_help_sometimes():
