@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from step3_hetero.placement import solve
 from step3_hetero.placement.colocated import ColocatedColumn, colocated_columns
@@ -26,16 +27,23 @@ from step3_hetero.placement.columns import (
     attention_columns,
     ffn_columns,
 )
-from step3_hetero.placement.plans import (
-    AnyPlan,
-    ColocatedPlan,
-    Found,
-    Request,
-    SplitPlan,
-    Vector,
-    score_of,
-)
-from step3_hetero.placement.pools import server_rows
+from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, Request, SplitPlan
+from step3_hetero.placement.pools import Pool
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best plan of one kind and what is proven: no plan of the kind has a better score.
+
+    Scores are cost per token, cost, or minus tokens per second: smaller is better.
+    """
+
+    plan: AnyPlan | None
+    score: float
+    bound: float
+    programs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,24 @@ class Space:
         return MixAt(clock, i, j, solve.Mix(cost_a[i], cost_f[j], send[at], take[at], rows, limits))
 
 
+def server_rows(
+    pools: Sequence[Pool], columns: Sequence[tuple[int, int, int]]
+) -> tuple[Vector, Vector]:
+    """Return rows and limits that make groups of cards fit servers.
+
+    ``columns`` holds pool, cards of a group and groups of each column. For each size the groups at
+    least that large take no more cards than groups of that size could; with sizes that divide each
+    other this is not only necessary but enough.
+    """
+    rows, limits = [], []
+    for p, pool in enumerate(pools):
+        for size in sorted({tp for q, tp, _ in columns if q == p}):
+            row = [float(tp * g) if q == p and tp >= size else 0.0 for q, tp, g in columns]
+            rows.append(row)
+            limits.append(float(size * pool.groups(size)))
+    return np.array(rows).reshape(len(rows), len(columns)), np.array(limits)
+
+
 @dataclass(frozen=True, slots=True)
 class MixAt:
     """A program, its clock, and which columns its rows are."""
@@ -233,6 +259,13 @@ def _split_plan(space: Space, at: MixAt, counts: solve.Counts) -> SplitPlan:
         tokens_per_s=served if demand is None else min(served, demand),
         cost=counts.cost,
     )
+
+
+def score_of(request: Request, plan: AnyPlan) -> float:
+    """Return the plan's score: cost per token, cost, or minus tokens per second."""
+    if request.objective == "tokens":
+        return -plan.tokens_per_s
+    return plan.cost / plan.tokens_per_s if request.by_ratio else plan.cost
 
 
 def all_colocated(request: Request) -> tuple[ColocatedColumn, ...]:

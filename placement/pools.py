@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
-
 from step3_hetero.errors import PlacementError
 from step3_hetero.placement.catalogue import Card, Catalogue
 from step3_hetero.placement.efficiency import Efficiency, efficiency_of
@@ -82,21 +79,3 @@ def with_case(pools: Sequence[Pool], case: str) -> list[Pool]:
         p if p.efficiency.calibrated else replace(p, efficiency=efficiency_of(p.card.vendor, case))
         for p in pools
     ]
-
-
-def server_rows(
-    pools: Sequence[Pool], columns: Sequence[tuple[int, int, int]]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return rows and limits that make groups of cards fit servers.
-
-    ``columns`` holds pool, cards of a group and groups of each column. For each size the groups at
-    least that large take no more cards than groups of that size could; with sizes that divide each
-    other this is not only necessary but enough.
-    """
-    rows, limits = [], []
-    for p, pool in enumerate(pools):
-        for size in sorted({tp for q, tp, _ in columns if q == p}):
-            row = [float(tp * g) if q == p and tp >= size else 0.0 for q, tp, g in columns]
-            rows.append(row)
-            limits.append(float(size * pool.groups(size)))
-    return np.array(rows).reshape(len(rows), len(columns)), np.array(limits)
