@@ -151,6 +151,12 @@ class BatchMeta:
         """Return the number of sequences."""
         return len(self.context_lens)
 
+    def named_slots(self, blocks: int) -> npt.NDArray[np.bool_]:
+        """Return which of ``blocks`` · 128 rows of a cache this batch writes: (blocks, 128)."""
+        named = np.zeros(blocks * LOGICAL_BLOCK, bool)
+        named[self.slots[self.slots >= 0]] = True
+        return named.reshape(blocks, LOGICAL_BLOCK)
+
     def token(self, row: int) -> BatchMeta:
         """Return the batch that holds row ``row`` alone, its context ending at the row itself."""
         seq = int(np.searchsorted(self.query_starts, row, side="right")) - 1

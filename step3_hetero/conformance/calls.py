@@ -83,17 +83,24 @@ def logged(device: Device, mine: str, borrows: tuple[str, ...]) -> Iterator[Call
     log.warned += [str(w.message) for w in caught if "fall" in str(w.message).lower()]
 
 
+TRIPS = ("to_host", "from_host", "copy_in", "copy_out")
+"""A device's own ways to and from the host."""
+
+
 @contextmanager
 def _trips_counted(device: Device, log: CallLog) -> Iterator[None]:
-    """Note each call of the device's own ways to and from the host."""
-    names = ("to_host", "from_host", "copy_in", "copy_out")
-    for name in names:
-        object.__setattr__(device, name, _noting(getattr(device, name), name, log))
+    """Note each call of the device's ways to the host: a class of its own watches, for a while.
+
+    Its instances need not have a dictionary: a subclass without slots has the same layout.
+    """
+    own = type(device)
+    noted = {name: _noting(getattr(own, name), name, log) for name in TRIPS}
+    watched = type(own)(own.__name__, (own,), {"__slots__": (), **noted})
+    object.__setattr__(device, "__class__", watched)
     try:
         yield
     finally:
-        for name in names:
-            object.__delattr__(device, name)
+        object.__setattr__(device, "__class__", own)
 
 
 def _noting(method: Any, name: str, log: CallLog) -> Any:
