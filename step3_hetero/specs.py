@@ -299,9 +299,7 @@ class VisionSpec:
             self._conv(self.channels, self.width, self.patch, self.patch, 0),
             self._conv(self.width, self.down_width, 2, 2, 0),
             self._conv(self.down_width, 2 * self.down_width, 3, self.stride, 1),
-            OpSpec(
-                "resize", self.dtype, {"n": self.width}, {"size": self.image_size // self.patch}
-            ),
+            OpSpec("resize", self.dtype, {"n": self.width}, {"size": grid}),
             OpSpec("cast", wide(self.dtype), {}, {"dtype": self.dtype}),
             OpSpec("concat", self.dtype, {"n": self.width}),
             *(_linear(self.dtype, k, n, "auto") for k, n in shapes),

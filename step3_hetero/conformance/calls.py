@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +96,8 @@ def _trips_counted(device: Device, log: CallLog) -> Iterator[None]:
     """
     own = type(device)
     noted = {name: _noting(getattr(own, name), name, log) for name in TRIPS}
-    watched = type(own)(own.__name__, (own,), {"__slots__": (), **noted})
+    said: dict[str, Any] = {"__slots__": (), **noted}
+    watched: Any = types.new_class(own.__name__, (own,), {}, lambda body: body.update(said))
     object.__setattr__(device, "__class__", watched)
     try:
         yield

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Va
 from step3_hetero.backend import Backend, DeviceInfo, Tier
 from step3_hetero.conformance.cases import trials
 from step3_hetero.conformance.digests import digests
-from step3_hetero.conformance.exam import CaseResult, Status
+from step3_hetero.conformance.exam import CaseResult, Status, refusal
 from step3_hetero.errors import ConfigError
 from step3_hetero.specs import OpSpec
 
@@ -183,7 +183,7 @@ def missing_text_ops(backend: Backend, info: DeviceInfo) -> list[str]:
         spec.op
         for trial in trials().values()
         for spec in trial.specs()
-        if trial.op == spec.op and backend.supports(info, spec) is None
+        if trial.op == spec.op and refusal(backend, info, spec) is None
     }
     return [op for op in TEXT_LAYER if op not in claimed]
 
@@ -195,7 +195,7 @@ def claimed_untested(
     tried = {(r.op, r.dtype) for r in results if r.status != "unclaimed"}
     found = []
     for (op, dtype), spec in _askable().items():
-        if (op, dtype) not in tried and backend.supports(info, spec) is None:
+        if (op, dtype) not in tried and refusal(backend, info, spec) is None:
             found.append(f"{op} {dtype}")
     return found
 
