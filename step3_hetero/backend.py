@@ -32,7 +32,12 @@ API_VERSION = 1
 """Raised by one whenever an existing backend would have to change."""
 
 Array = Any
-"""A device array. Only the device that made it knows its type."""
+"""A device array. Only the device that made it knows its type.
+
+Composed stages ask of it: ``shape``; slices along any axis and the rows of its first, by iteration
+too; ``reshape`` with at most one -1; ``out[...] = x`` from an array of its shape and dtype. Slices
+and reshapes may be views, so that kernels get operands that are not contiguous.
+"""
 
 Kernel = Callable[..., Any]
 
@@ -263,6 +268,7 @@ class Device(ABC):
     def batch(self, meta: BatchMeta) -> Any:
         """Return ``meta`` in the form that ``KVCache.write`` and the attention kernel take.
 
+        Composed stages read ``positions`` of it, a device array (tokens,) int32, for op rope.
         Called once per stage with the same object: keep the last one.
         """
 

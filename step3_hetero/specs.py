@@ -303,7 +303,7 @@ class VisionSpec:
             OpSpec("cast", wide(self.dtype), {}, {"dtype": self.dtype}),
             OpSpec("concat", self.dtype, {"n": self.width}),
             *(_linear(self.dtype, k, n, "auto") for k, n in shapes),
-            OpSpec("self_attention", self.dtype, heads),
+            OpSpec("self_attention", self.dtype, heads, {"scale": float(self.head_dim**-0.5)}),
             OpSpec("layer_norm", self.dtype, {"n": self.width}, {"eps": self.eps}),
             OpSpec("quick_gelu", self.dtype, {"n": self.inter}),
             OpSpec("add", self.dtype, {"hidden": self.width}),

@@ -155,7 +155,7 @@ def _compare(
     got: Answers, want: Answers, own: Answers, dtype: str
 ) -> tuple[float, float, float, list[Finding]]:
     """Return worst figure, its error and bound, and what is wrong."""
-    findings = list(_partings(got, want, own))
+    findings = list(partings(got, want, own))
     allowed = _divergences(own, want)
     bound = FACTOR * float(allowed.max(initial=0.0)) + ROUNDOFF[dtype] ** 2
     error = float(_divergences(got, want).max(initial=0.0))
@@ -176,7 +176,7 @@ def _divergences(one: Answers, want: Answers) -> npt.NDArray[np.float64]:
     return np.array(found)
 
 
-def _partings(got: Answers, want: Answers, own: Answers) -> list[Finding]:
+def partings(got: Answers, want: Answers, own: Answers) -> list[Finding]:
     """Say where a greedy answer leaves the reference's without a near tie.
 
     Two log-probabilities may each be off by twice as much as the reference's own rounding has
