@@ -15,7 +15,6 @@ from step3_hetero.conformance.tolerance import same_bits
 from step3_hetero.conformance.trial import Results, cache_content, host_results
 from step3_hetero.conformance.verdicts import held
 
-
 SMALLER = "as a second, smaller batch"
 
 
