@@ -24,7 +24,8 @@ def missing_text_ops(backend: Backend, info: DeviceInfo) -> list[str]:
         [spec.op for spec in text_ops(dtype) if refusal(backend, info, spec) is not None]
         for dtype in DTYPES
     ]
-    return list(dict.fromkeys(min(refused, key=len)))
+    fewest = min(refused, key=len)
+    return list(dict.fromkeys(fewest))
 
 
 @cache
