@@ -14,6 +14,7 @@ from step3_hetero.runtime.executor import Executor, LoadedStage, Observer
 from step3_hetero.runtime.microbatch import (
     BatchResult,
     ImagePart,
+    Landed,
     MicroBatch,
     StageClock,
     Ticket,
@@ -48,32 +49,33 @@ class LocalExecutor(Executor):
         self._out: dict[str, list[Edge]] = {s.name: [] for s in graph.stages}
         for edge in graph.edges:
             self._out[edge.source].append(edge)
-        self._results: deque[BatchResult] = deque()
+        self._landed: deque[Landed] = deque()
         self._images: dict[int, Array] = {}
         self._submitted = 0
 
-    def submit(self, batch: MicroBatch) -> Ticket:
+    def submit(self, batch: MicroBatch, instance: int = 0) -> Ticket:
         """Run the micro-batch at once; its result waits for ``collect``."""
-        self._results.append(self._run(batch))
         self._submitted += 1
-        return Ticket(self._submitted)
+        ticket = Ticket(self._submitted)
+        self._landed.append(Landed(ticket, self._run(batch)))
+        return ticket
 
-    def collect(self, deadline_s: float | None = None) -> BatchResult:
+    def collect(self, deadline_s: float | None = None) -> Landed:
         """Return the oldest result."""
-        return self._results.popleft()
+        return self._landed.popleft()
 
-    def forget_image(self, key: int) -> None:
+    def forget_image(self, key: int, instance: int = 0) -> None:
         """Drop the rows of an image."""
         self._images.pop(key, None)
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
         """Copy logical KV blocks in every layer."""
         for cache in self._caches:
             cache.copy_blocks(pairs)
 
     def close(self) -> None:
         """Forget results and images; devices go with the last reference."""
-        self._results.clear()
+        self._landed.clear()
         self._images.clear()
 
     def _run(self, batch: MicroBatch) -> BatchResult:
