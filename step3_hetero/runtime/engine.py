@@ -246,8 +246,11 @@ class Engine:
         for flight in self.lanes.start(self.prompter.banned_id):
             for share in flight.shares:
                 share.sequence.started = share.sequence.started or now
-        flight, result = self.lanes.land() or (None, None)
-        if flight is None or result is None:
+        landed = self.lanes.land()
+        if landed is None:
+            return
+        flight, result = landed
+        if result is None:
             return
         told = self._distribute(flight, result)
         for share in flight.shares:
