@@ -57,13 +57,17 @@ class Kind(IntEnum):
     STOP = 15
     """The front: finish what is under way and end."""
     TIMES = 16
-    """A role, asked or at its end: seconds by stage."""
+    """A role, after each micro-batch: seconds by stage since the last time."""
+    AGAIN = 17
+    """Anybody: a frame came damaged; send again what is not answered yet."""
+    LOST = 18
+    """Attention to the front: an instance of another role gives no sign of life."""
 
 
 def batch_parcel(batch: MicroBatch) -> tuple[Said, Arrays]:
     """Return a micro-batch as facts and arrays."""
     meta, choice = batch.meta, batch.choice
-    arrays = {
+    arrays: Arrays = {
         "token_ids": batch.token_ids,
         "positions": meta.positions,
         "slots": meta.slots,
@@ -83,7 +87,7 @@ def batch_parcel(batch: MicroBatch) -> tuple[Said, Arrays]:
             arrays[f"pixels {number} {view}"] = pixels
         views = None if part.pixels is None else len(part.pixels)
         images.append([part.key, part.start, part.stop, views])
-    said = {
+    said: Said = {
         "banned": choice.banned,
         "logprobs": list(batch.logprobs),
         "want_logits": batch.want_logits,
@@ -112,15 +116,23 @@ def batch_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> MicroB
             for n, (key, start, stop, views) in enumerate(said["images"])
         )
         meta = BatchMeta(
-            *(arrays[n] for n in ("positions", "slots", "query_starts", "context_lens")),
+            arrays["positions"],
+            arrays["slots"],
+            arrays["query_starts"],
+            arrays["context_lens"],
             arrays["block_tables"],
         )
-        drawn = (arrays[n] for n in ("temperature", "top_k", "top_p", "uniform"))
         return MicroBatch(
             arrays["token_ids"],
             meta,
             arrays["rows"],
-            Choice(*drawn, banned=int(said["banned"])),
+            Choice(
+                arrays["temperature"],
+                arrays["top_k"],
+                arrays["top_p"],
+                arrays["uniform"],
+                int(said["banned"]),
+            ),
             said["logprobs"],
             images,
             bool(said["want_logits"]),

@@ -73,4 +73,5 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 def _bytes(x: HostArray) -> memoryview:
     """Return an array's bytes; dtypes that buffers do not know travel as bytes."""
-    return memoryview(x.reshape(-1).view(np.uint8)).cast("B")
+    view: memoryview = x.reshape(-1).view(np.uint8).data
+    return view
