@@ -187,8 +187,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
          "run.yaml:7: roles.a.weights: 'fp8' is not available yet; use 'auto' or 'fp32' or 'bf16'"),
         ("backend: cpu", "backend: cpu\n    emulate: h800",
          "run.yaml:7: roles.a.emulate: 'h800' is not available yet; leave it out"),
-        ("runtime: {", "transport: {key_file: key}\nruntime: {",
-         "run.yaml:11: transport.key_file: 'key' is not available yet; leave it out"),
     ],
 )  # fmt: skip
 def test_value_that_needs_later_work_is_refused(read, old, new, want):

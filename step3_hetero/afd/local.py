@@ -10,6 +10,7 @@ from typing import Any
 
 from step3_hetero.afd.contract import edge_contract, part_bytes
 from step3_hetero.afd.front import Member, OnReady, ProcessExecutor
+from step3_hetero.afd.key import shared_key
 from step3_hetero.afd.launch import OnLine, RoleProcess, start
 from step3_hetero.afd.link import Link, limits
 from step3_hetero.afd.members import cores_for, members
@@ -67,7 +68,7 @@ def executor(
     every = members(config, placement)
     given = Given(config.values(), str(config.folder), ablate).line()
     transport = get_transport(config.transport.kind)
-    allowed = frame_limits(resolved)
+    allowed, key = frame_limits(resolved), shared_key(config)
 
     def launch(member: Member) -> RoleProcess:
         arguments = ["role", "-", "--name", member.role, "--number", str(member.number)]
@@ -75,7 +76,8 @@ def executor(
         return start(member.name, arguments, given, on_line or _to_stderr, cores)
 
     def connect(name: str, address: str) -> Link:
-        return Link(transport.connect(address, allowed, config.transport.deadline_s), name)
+        deadline_s = config.transport.deadline_s
+        return Link(transport.connect(address, allowed, deadline_s, key), name)
 
     return ProcessExecutor(
         every,
@@ -131,8 +133,9 @@ def serve_role(
         deadline_s=config.transport.deadline_s,
         a2f=Wire.of(config.transport.a2f_dtype),
         f2a=Wire.of(config.transport.f2a_dtype),
+        key=shared_key(config),
     )
-    listener = transport.listen(address, settings.limits)
+    listener = transport.listen(address, settings.limits, settings.key)
     report(listener.address)
     try:
         serve(settings, listener, lambda: _load(resolved, name, source))

@@ -176,7 +176,8 @@ class Transport(_Section):
     """Counted from the peer's last sign of life."""
     a2f_dtype: WireDtype = "auto"
     f2a_dtype: WireDtype = "auto"
-    key_file: Annotated[Name | None, _later(None)] = None
+    key_file: Name | None = None
+    """A file, relative to this one, whose content peers have to know; needed beyond loopback."""
 
 
 class Config(_Section):
