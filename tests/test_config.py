@@ -136,7 +136,7 @@ def test_config_cannot_be_changed_once_read(read):
         ("runtime: {dtype: fp32, max_batch: 8}", "runtime:",
          "run.yaml:11: runtime: expected keys and values, got null"),
         ("runtime: {", "transport: {kind: shn}\nruntime: {",
-         "run.yaml:11: transport.kind: 'shn' is unknown; known: inproc, shm, tcp, nixl"),
+         "run.yaml:11: transport.kind: 'shn' is unknown; known: inproc, shm, tcp"),
         ("runtime: {", "transport: {deadline_s: 0}\nruntime: {",
          "run.yaml:11: transport.deadline_s: 0 is too small; more than 0"),
         ("runtime: {", "transport: {deadline_s: 1e999}\nruntime: {",
@@ -165,6 +165,9 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
 @pytest.mark.parametrize(
     ("old", "new", "want"),
     [
+        ("max_batch: 8}", "processes: per-role}\ntransport: {kind: inproc}",
+         "run.yaml:12: transport.kind: 'inproc' carries nothing between processes; use shm, or tcp "
+         "between machines"),
         ("dtype: fp32", "microbatches: 2",
          "run.yaml:11: runtime.microbatches: 2 refused; allowed: 1 with runtime.processes: one; "
          "set that to per-role"),

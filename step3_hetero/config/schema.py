@@ -30,7 +30,6 @@ from step3_hetero.errors import ConfigError
 
 VERSION = 1
 TRANSPORT_GROUP = "step3_hetero.transports"
-TRANSPORTS = ("inproc", "shm", "tcp", "nixl")
 
 
 def _sentence(text: str, kind: LiteralString = ABOUT_KEY) -> PydanticCustomError:
@@ -84,7 +83,7 @@ def _some(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
 
 
 def _transport(value: str) -> str:
-    known = (*TRANSPORTS, *sorted(ep.name for ep in entry_points(group=TRANSPORT_GROUP)))
+    known = sorted({ep.name for ep in entry_points(group=TRANSPORT_GROUP)})
     if value not in known:
         raise _sentence(f"{shown(value)} is unknown; known: {', '.join(known)}")
     return value
@@ -235,6 +234,10 @@ class Config(_Section):
         if "/" in self.model and self.model_path is None:
             message = f"model: no folder {str(self._base / self.model)!r}"
             yield Problem(self._document.place(["model"]), message)
+        if self.runtime.processes == "per-role" and self.transport.kind == "inproc":
+            place = self._document.place(("transport", "kind"))
+            message = "transport.kind: 'inproc' carries nothing between processes"
+            yield Problem(place, f"{message}; use shm, or tcp between machines")
         if self.runtime.processes == "one" and self.runtime.microbatches > 1:
             place = self._document.place(("runtime", "microbatches"))
             message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
