@@ -13,7 +13,7 @@ from step3_hetero.placement.explain import Alternative, alternatives, binding, l
 from step3_hetero.placement.infeasible import why_infeasible
 from step3_hetero.placement.network import ASSUMED_PCIE_BYTES_PER_S, HOST, Wire
 from step3_hetero.placement.performance import prefill_s
-from step3_hetero.placement.plan_pipeline import pipeline_of
+from step3_hetero.placement.plan_pipeline import period_s, pipeline_of
 from step3_hetero.placement.planner import Outcome, plan
 from step3_hetero.placement.plans import (
     MILLION,
@@ -73,14 +73,55 @@ def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
     }
     if best is None:
         return document | {"reason": why_infeasible(request)}
+    pipeline = pipeline_of(best, problem, about.layers)
+    run = run_json(best, problem.pools, period_s(pipeline))
+    document["notes"] += run_notes(best, run, request)
     return document | {
         "label": label_of(best),
         "binding": binding(outcome),
         "usd_per_mtok_range": _range(outcome),
         "breakdown": breakdown(best, problem.pools),
         "prefill": prefill_json(best, request),
-        "pipeline": pipeline_of(best, problem, about.layers).to_json(),
+        "run": run,
+        "pipeline": pipeline.to_json(),
     }
+
+
+def run_json(best: AnyPlan, pools: Sequence[Pool], period: float) -> dict[str, Any]:
+    """Return what the plan gives as its pipeline runs, ``period`` seconds a token.
+
+    The objective and its bound count sums over all layers; this is what `simulate` says, too.
+    """
+    slower = max(period / best.pass_s, 1.0)
+    if isinstance(best, SplitPlan):
+        most = float(best.flow.sum()) * best.micro_batches / best.pass_s
+    else:
+        most = sum(c.tokens_per_s * n for c, n in best.columns)
+    served = min(best.tokens_per_s, most / slower)
+    usd = usd_per_mtok(best, pools)
+    return {
+        "tpot_ms": best.pass_s * slower * 1e3,
+        "tokens_per_s": served,
+        "usd_per_mtok": None if usd is None else usd * best.tokens_per_s / served,
+    }
+
+
+RUN_TELLING = 0.01
+"""A pipeline that runs slower by less than this part is not worth a note."""
+
+
+def run_notes(best: AnyPlan, run: Mapping[str, Any], request: Request) -> list[str]:
+    """Return what is to be said where the pipeline runs slower than the sums over its layers."""
+    tpot_ms, target_ms = run["tpot_ms"], request.tpot_s * 1e3
+    if tpot_ms <= best.pass_s * 1e3 * (1 + RUN_TELLING):
+        return []
+    kept = "within" if tpot_ms <= target_ms else "beyond"
+    usd = "" if run["usd_per_mtok"] is None else f", ${run['usd_per_mtok']:.4f} per million tokens"
+    return [
+        f"as the pipeline runs: {tpot_ms:.1f} ms a token, {run['tokens_per_s']:,.0f} tokens/s{usd}"
+        " (attention and FFN wait for each other between layers and between tokens, which the "
+        f"objective does not count); {kept} the target of {target_ms:g} ms"
+    ]
 
 
 def usd_per_mtok(best: AnyPlan | None, pools: Sequence[Pool]) -> float | None:

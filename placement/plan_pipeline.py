@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -18,6 +19,7 @@ from step3_hetero.placement.pipeline import (
     PredictedPipeline,
 )
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, SplitPlan
+from step3_hetero.placement.simulate import Scenario, simulate
 from step3_hetero.placement.workload import Part, Workload
 
 FURTHER = 1024
@@ -188,3 +190,36 @@ def _colocated(plan: ColocatedPlan, problem: Problem, layers: tuple[str, ...]) -
         )
     runs = _runs(problem.workload, layers, LOCAL)
     return PredictedPipeline(in_flight, problem.context, runs, tuple(groups), (), between)
+
+
+SETTLING = 8
+"""Tokens after which the pipeline repeats itself; its period is that of the last of them."""
+
+
+def period_s(pipeline: PredictedPipeline) -> float:
+    """Return the seconds of a token as the pipeline runs, layer after layer, without jitter.
+
+    The planner holds the sums over all layers against the target. Between two tokens embedding and
+    head keep attention busy while the FFN waits, which those sums do not see.
+    """
+    run = simulate(_one_of_each(pipeline), Scenario(tokens=SETTLING))
+    return float(run.tpot_s["p50"])
+
+
+def _one_of_each(pipeline: PredictedPipeline) -> PredictedPipeline:
+    """Return a pipeline of the same period: like instances do the same at the same time.
+
+    Where a group has fewer instances than sets to serve it, these take turns, and all stay.
+    """
+    fed = {g.name: sum(a.instances for a in pipeline.attention if a.feeds in ("", g.name))
+           for g in pipeline.ffn}  # fmt: skip
+    if any(fed[group.name] < group.instances for group in pipeline.ffn):
+        return replace(pipeline, attention=_fixed(pipeline.attention))
+    alone = tuple(replace(group, instances=1) for group in pipeline.attention)
+    sets = tuple(replace(group, instances=1) for group in pipeline.ffn)
+    return replace(pipeline, attention=_fixed(alone), ffn=sets)
+
+
+def _fixed(groups: tuple[AttentionGroup, ...]) -> tuple[AttentionGroup, ...]:
+    """Return groups whose context does not grow while the period is taken."""
+    return tuple(replace(group, seconds_per_context_token=0.0) for group in groups)

@@ -19,6 +19,7 @@ from step3_hetero.specs import (
     AttentionSpec,
     CacheSpec,
     FfnSpec,
+    HeadSpec,
     HostTensor,
     Limits,
     OpSpec,
@@ -259,14 +260,40 @@ def measure_crossing(
     ]  # fmt: skip
 
 
+def measure_choosing(
+    bench: Bench, vocab: int, rows: Sequence[int] = STAGE_ROWS
+) -> list[dict[str, Any]]:
+    """Measure how a token is chosen from each row of logits, greedily, its numbers copied in."""
+    device, found = bench.device, []
+    for count in rows:
+        values = np.random.default_rng(SEED).standard_normal((count, vocab), np.float32)
+        logits = device.from_host(values)
+        host = (
+            np.arange(count, dtype=np.int32),
+            np.zeros(count),
+            np.zeros(count, np.int32),
+            np.ones(count),
+            np.full(count, 0.5),
+        )
+
+        def choose(logits: Array = logits, host: tuple[Any, ...] = host) -> None:
+            _, *draws = [device.from_host(values) for values in host]
+            device.to_host(device.kernel("sample")(logits, *draws, banned=-1))
+
+        found.append({"rows": count, "seconds": bench.clock.seconds(choose)})
+    return found
+
+
 def with_stages(
     profile: Profile, bench: Bench, stages: Sequence[GraphStage], weight_format: str, longest: int
 ) -> Profile:
     """Return a profile that also knows the stages of a model."""
     attention = [s.spec for s in stages if isinstance(s.spec, AttentionSpec)]
+    heads = [s.spec for s in stages if isinstance(s.spec, HeadSpec)]
     hidden = attention[0].hidden if attention else getattr(stages[0].spec, "hidden", SMALL)
     return replace(
         profile,
         stages=measure_stages(bench, stages, weight_format, longest),
+        choose=measure_choosing(bench, heads[0].vocab) if heads else [],
         crossing=measure_crossing(bench, hidden),
     )

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from step3_hetero.cli.options import json_option, print_json, print_table
-
-if TYPE_CHECKING:
-    from step3_hetero.placement.asked import Asked
 
 EPILOG = """\b
 Examples:
@@ -51,8 +48,9 @@ the wire), rack:r7 (of an inventory).
 def command(out: str | None, html: str | None, as_json: bool, **options: Any) -> None:
     """Say where attention and FFN should run, what a million tokens costs, and why.
 
-    Exit code 1: nothing is feasible; the reason is printed.
+    Where nothing is feasible: which constraint, by how much, and the nearest change that helps.
     """
+    from step3_hetero.errors import PlacementError
     from step3_hetero.placement.asked import Asked
     from step3_hetero.placement.plan_file import write_plan
     from step3_hetero.placement.plan_json import plan_json
@@ -65,10 +63,10 @@ def command(out: str | None, html: str | None, as_json: bool, **options: Any) ->
     document = plan_json(outcome, asked.about_placed(placed))
     if as_json:
         print_json(_finite(document))
-    else:
-        _show(document, asked)
     if not document["feasible"]:
-        raise SystemExit(1)
+        raise PlacementError(f"no feasible plan: {document['reason']}")
+    if not as_json:
+        _show(document)
     if out is not None:
         for file in write_plan(outcome, document, Path(out), options["model"]):
             click.echo(f"wrote {file}", err=True)
@@ -88,11 +86,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(document: dict[str, Any], asked: Asked) -> None:
-    if not document["feasible"]:
-        click.echo(f"no feasible plan: {document['reason']}")
-        _notes(document["notes"])
-        return
+def _show(document: dict[str, Any]) -> None:
     usd = document["objective_usd_per_mtok"]
     cost = "unpriced" if usd is None else f"${usd:.4f} per million tokens"
     click.echo(f"{document['label']}")

@@ -20,9 +20,17 @@ from step3_hetero.placement.workload import Part, Workload
 CASES = 200
 PACES = ((2, 1 / 4), (3, 1 / 3))
 JITTER = 0.1
+MOST_TOKENS = 10**6
+"""More than any of these cards computes in time."""
+
+TOO_SLOW = 40
+"""Times as long as others' are the messages of some instances: nothing crosses in time."""
+
+ROOMY = 20
+"""Times as much memory have the cards of every other four instances: time limits their batches."""
 
 
-def card(name, vendor, draw, *, host=True):
+def card(name, vendor, draw, *, host=True, room=1):
     """Return a small accelerator whose figures are drawn."""
     nics = Server(
         cards=int(draw.choice([2, 4])),
@@ -32,7 +40,7 @@ def card(name, vendor, draw, *, host=True):
     )
     return Card(
         name=name, title=name, vendor=vendor, backend="x", driver_names=(),
-        memory_bytes=int(draw.uniform(2e6, 2e7)),
+        memory_bytes=int(room * draw.uniform(2e6, 2e7)),
         memory_bandwidth_bytes_per_s=float(draw.uniform(1e11, 1e12)),
         flops_per_s=MappingProxyType({"bf16": float(draw.uniform(1e13, 1e14))}),
         scale_up_bytes_per_s=float(draw.uniform(1e11, 1e12)),
@@ -59,10 +67,13 @@ def instance(seed):
     """Return a request over two pools of one to four cards each."""
     draw = np.random.default_rng([0x5EED, seed])
     vendors = ["one", "one"] if draw.random() < 0.5 else ["one", "two"]
+    times = TOO_SLOW if seed % 9 == 4 else 1
+    room = ROOMY if seed // 4 % 2 else 1
     pools = [
         Pool.of(
-            card(f"c{n}", vendor, draw, host=draw.random() < 0.8), int(draw.integers(2, 5)),
-            Efficiency(0.8, 0.8, float(draw.uniform(1e-7, 3e-6)), True),
+            card(f"c{n}", vendor, draw, host=draw.random() < 0.8, room=room),
+            int(draw.integers(2, 5)),
+            Efficiency(0.8, 0.8, times * float(draw.uniform(1e-7, 3e-6)), True),
         )
         for n, vendor in enumerate(vendors)
     ]  # fmt: skip
@@ -122,10 +133,11 @@ def ffn_s(work, card_, eff, tp, ep, tokens):
 
 
 def count_up(seconds, budget, most):
-    """Largest whole number from 1 whose seconds fit, by trying one after another."""
+    """Largest whole number from 1 whose seconds fit, counted up by hundreds and then by ones."""
     tokens = 0
-    while tokens < most and seconds(tokens + 1) <= budget:
-        tokens += 1
+    for step in (100, 1):
+        while tokens + step <= most and seconds(tokens + step) <= budget:
+            tokens += step
     return tokens
 
 
@@ -169,7 +181,7 @@ def columns_at(request, pass_s, in_flight, share):
                 taken = count_up(
                     partial(ffn_s, work, pool.card, pool.efficiency, tp, ep),
                     share * pass_s,
-                    5000,
+                    MOST_TOKENS,
                 )
                 if taken:
                     ffn.append((p, tp, ep, taken))
