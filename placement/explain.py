@@ -9,10 +9,11 @@ import numpy as np
 
 from step3_hetero.placement.network import NoWire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
-from step3_hetero.placement.planner import Found, Outcome, Space, Vector, best_colocated, solve_at
+from step3_hetero.placement.planner import Found, Outcome, best_colocated, solve_at
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, Request, SplitPlan
 from step3_hetero.placement.pools import Pool
 from step3_hetero.placement.solve import SAME
+from step3_hetero.placement.space import Space, Vector
 from step3_hetero.placement.workload import ELEMENT_BYTES
 
 MOST_ALTERNATIVES = 10
@@ -80,24 +81,26 @@ def _split_alternatives(outcome: Outcome) -> Iterator[Alternative]:
         if not i or not j:
             yield Alternative(label, None, np.inf, "memory", _too_small(request, a, f, bool(i)))
             continue
-        scores = every[:, i][:, :, j].min(axis=(1, 2))
+        scores = np.full(every.shape[:2], np.inf)
+        scores[:, i] = every[:, i][:, :, j].min(axis=2)
         if not np.isfinite(scores).any():
             yield Alternative(label, None, np.inf, *_too_slow(space, i, j))
             continue
         yield from _best_of_pair(outcome, (a, f), scores, label)
 
 
-CLOCKS_TRIED = 3
-"""Best clocks solved for an alternative: it is a plan to compare with, not a proven optimum."""
+PACES_TRIED = 3
+"""Best paces solved for an alternative: it is a plan to compare with, not a proven optimum."""
 
 
 def _best_of_pair(
     outcome: Outcome, pools: tuple[int, int], scores: Vector, label: str
 ) -> Iterator[Alternative]:
     space, best = outcome.space, Found(None, np.inf, np.inf)
-    for clock in np.argsort(scores, kind="stable")[:CLOCKS_TRIED]:
-        if np.isfinite(scores[clock]):
-            found, _ = solve_at(space, space.mix(int(clock), pools), best.score)
+    for pace in np.argsort(scores, axis=None, kind="stable")[:PACES_TRIED]:
+        if np.isfinite(scores.flat[pace]):
+            clock, pace_s = int(pace) // scores.shape[1], float(space.pass_s.flat[pace])
+            found, _ = solve_at(space, space.mix(clock, pace_s, pools), best.score)
             best = found or best
     if best.plan is None:
         detail = "the pools hold no whole set with the instances it needs"
@@ -168,14 +171,17 @@ def _lifted(space: Space, i: Sequence[int], j: Sequence[int], limit: str) -> flo
     free_a = np.stack([space.attention[n].capacity for n in i], axis=1)[:, :, None]
     free_f = np.stack([space.ffn[n].capacity for n in j], axis=1)[:, None, :]
     send, take = space.send[:, i][:, :, j], space.take[:, i][:, :, j]
+    pass_s = space.pass_s[:, i][:, :, None]
     if limit == "network":
         send, take = np.broadcast_to(free_a, send.shape), np.broadcast_to(free_f, take.shape)
     elif limit == "memory":
         in_time = np.stack([space.attention[n].by_time for n in i], axis=1)[:, :, None]
         send = np.where(send == free_a, np.maximum(in_time, send), send)
+        send = np.where(np.isfinite(pass_s), send, 0)
     with np.errstate(divide="ignore"):
         per_token = cost_a[i][:, None] / send + cost_f[j] / take
-    return float((per_token / space.rate[:, None, None]).min())
+    each = per_token * pass_s / space.clocks.micro_batches[:, None, None]
+    return float(each.min())
 
 
 def _card_seconds(plan: AnyPlan, pools: Sequence[Pool]) -> float:

@@ -150,10 +150,19 @@ class AttentionStage:
 
     def pass_s(self, tokens: Batch) -> Batch:
         """Return the seconds through all layers, embedding and head included."""
-        total = self.between_s(tokens)
+        return self.between_s(tokens) + self.layers_s(tokens)
+
+    def layers_s(self, tokens: Batch) -> Batch:
+        """Return the seconds through all layers."""
+        total = np.zeros_like(tokens)
         for part in self.workload.of("attention"):
             total = total + part.layers * self.layer_s(part, tokens)
         return total
+
+    def longest_s(self, tokens: Batch) -> Batch:
+        """Return the seconds of one layer of the longest kind."""
+        found = [self.layer_s(part, tokens) for part in self.workload.of("attention")]
+        return np.asarray(np.max(found, axis=0))
 
     def weight_bytes(self) -> float:
         """Return the bytes of weights on one card; embedding and head are split by rows."""
@@ -218,10 +227,16 @@ class FfnStage:
             total = total + part.layers * self.layer_s(part, tokens)
         return total
 
+    def longest_s(self, tokens: Batch) -> Batch:
+        """Return the seconds of one layer of the longest kind."""
+        found = [self.layer_s(part, tokens) for part in self.workload.of("ffn")]
+        return np.asarray(np.max(found, axis=0))
+
     def most_tokens(self, budget_s: Batch) -> Batch:
-        """Return a batch that arithmetic alone keeps from fitting a budget: no larger one does."""
+        """Return a batch that arithmetic alone keeps from fitting a layer's budget."""
         flops_per_s = self.roof.flops_per_s * self.tp * self.ep
-        return np.ceil(budget_s * flops_per_s / self.workload.ffn_flops)
+        most = max(part.linear_flops for part in self.workload.of("ffn"))
+        return np.ceil(budget_s * flops_per_s / most)
 
     def weight_bytes(self) -> float:
         """Return the bytes of weights on one card."""

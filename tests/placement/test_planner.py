@@ -1,24 +1,23 @@
 """What a plan must be: monotone, proven, honest about the network and about what is infeasible."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_planner_small import instance
 
 from step3_hetero.model.config import FAMILIES
 from step3_hetero.placement.asked import request_of, wires_of
 from step3_hetero.placement.catalogue import Catalogue
-from step3_hetero.placement.columns import two_digit_steps_ms
+from step3_hetero.placement.columns import steps_ms
 from step3_hetero.placement.explain import alternatives, binding
 from step3_hetero.placement.infeasible import is_feasible, why_infeasible
 from step3_hetero.placement.network import with_host_nics
 from step3_hetero.placement.plan_json import About, paper_bound, plan_json
 from step3_hetero.placement.plan_pipeline import shares
-from step3_hetero.placement.planner import Space, plan
+from step3_hetero.placement.planner import best_split, plan
 from step3_hetero.placement.plans import ColocatedPlan, SplitPlan
-from step3_hetero.placement.pools import Pool, parse_pools
+from step3_hetero.placement.pools import parse_pools
+from step3_hetero.placement.space import Space
 from step3_hetero.placement.workload import step3_workload
 
 STEP3 = step3_workload(FAMILIES["step3"]())
@@ -42,41 +41,6 @@ def cheaper(n, pool):
     return replace(pool, card=replace(pool.card, usd_per_hour=price))
 
 
-def faster_link(n, pool):
-    card, server = pool.card, pool.card.server
-    rate = server.host_nic_bytes_per_s
-    server = replace(server, host_nic_bytes_per_s=rate and rate * 1.7)
-    return replace(
-        pool, card=replace(card, nic_bytes_per_s=card.nic_bytes_per_s * 1.3, server=server)
-    )
-
-
-def larger(n, pool):
-    return Pool.of(pool.card, pool.cards + 1 + n, pool.efficiency)
-
-
-CHANGES = {
-    "a cheaper card": lambda r: with_pools(r, cheaper),
-    "a faster link": lambda r: with_pools(r, faster_link),
-    "a larger pool": lambda r: with_pools(r, larger),
-    "a looser target": lambda r: replace(r, tpot_s=r.tpot_s * 1.13),
-    "a slightly looser target": lambda r: replace(r, tpot_s=r.tpot_s * 1.007),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("demand", [None, 20_000.0], ids=["ratio", "demand"])
-def test_what_helps_never_raises_the_cost(change, demand):
-    feasible = 0
-    for seed in range(16):
-        request = replace(instance(seed), objective="usd", demand=demand)
-        before, after = plan(request), plan(change(request))
-        for old, new in ((before.winner, after.winner), (before.split, after.split)):
-            assert new.score <= old.score * (1 + TINY_STEP) or new.score == old.score == math.inf
-        feasible += before.split.plan is not None
-    assert feasible >= 3
-
-
 def test_what_helps_does_help_sometimes():
     request = step3_request("h800=16", "h20=32")
     base = plan(request).winner.score
@@ -84,9 +48,9 @@ def test_what_helps_does_help_sometimes():
     assert plan(replace(request, tpot_s=0.1)).winner.score < base
 
 
-def test_targets_of_two_digits_contain_those_of_a_tighter_target():
-    assert set(two_digit_steps_ms(33.3)) < set(two_digit_steps_ms(50.0))
-    assert 33.0 in two_digit_steps_ms(33.3) and 50.0 in two_digit_steps_ms(50.0)
+def test_paces_of_a_looser_target_contain_those_of_a_tighter_one():
+    assert set(steps_ms(33.3)) < set(steps_ms(50.0))
+    assert 33.0 in steps_ms(33.3) and 50.0 in steps_ms(50.0)
 
 
 def test_winner_keeps_its_promises():
@@ -96,8 +60,8 @@ def test_winner_keeps_its_promises():
     assert best.pass_s <= 0.05 * 0.9
     for n, (column, count) in enumerate(best.attention):
         each = best.flow[n].sum() / count
-        seconds = float(column.stage.pass_s(np.array([each]))[0])
-        assert seconds <= clocks.stage_s[best.clock] * (1 + 1e-9)
+        seconds = float(column.stage.layers_s(np.array([each]))[0])
+        assert seconds <= 61 * clocks.stage_s[best.clock] * (1 + 1e-9)
         held = column.stage.weight_bytes() + each * best.micro_batches * column.stage.kv_bytes()
         assert held <= 0.9 * best.pools[column.pool].card.memory_bytes
     used = best.cards(best.pools)
@@ -122,7 +86,8 @@ def test_split_wins_where_unlike_cards_complement_each_other_and_loses_on_one_po
     roles = {both.request.problem.pools[c.pool].name for c, _ in both.plan.attention}
     assert roles == {"h20"}, "attention where bandwidth is cheap"
     assert isinstance(alone.plan, ColocatedPlan), "do not split"
-    assert alone.split.plan is not None and alone.split.score > alone.colocated.score
+    split = best_split(alone.request)
+    assert split.plan is not None and split.score > alone.colocated.score
 
 
 def h800_to_910b(gbit):

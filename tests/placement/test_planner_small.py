@@ -13,7 +13,7 @@ from step3_hetero.placement.attention_cores import GroupedCore
 from step3_hetero.placement.catalogue import Card, Server
 from step3_hetero.placement.efficiency import Efficiency
 from step3_hetero.placement.network import NoWire
-from step3_hetero.placement.planner import plan
+from step3_hetero.placement.planner import best_split
 from step3_hetero.placement.pools import Pool
 from step3_hetero.placement.workload import Part, Workload
 
@@ -80,7 +80,7 @@ def instance(seed):
     objective = ["usd", "usd", "tokens", "cards"][seed % 4]
     demand = float(draw.uniform(1e4, 4e5)) if objective == "usd" and seed % 8 == 1 else None
     work, context = model(draw), int(draw.integers(50, 500))
-    tpot_s = float(draw.choice([0.000104, 0.000123, 0.000149]))
+    tpot_s = float(draw.choice([0.0001, 0.000103, 0.000106]))
     return request_of(
         work, pools, context, tpot_s,
         objective=objective, demand=demand, paces=PACES, jitter=JITTER,
@@ -91,7 +91,7 @@ def instance(seed):
 
 
 def attention_s(work, card_, eff, tp, context, tokens):
-    """Seconds of a pass of attention, head included, written out again."""
+    """Seconds of attention in both layers, written out again."""
     flops = card_.flops_per_s["bf16"] * eff.arithmetic
     rate = card_.memory_bandwidth_bytes_per_s * eff.bandwidth
     total = 0.0
@@ -108,10 +108,28 @@ def attention_s(work, card_, eff, tp, context, tokens):
                 half = tokens * work.hidden * 2 * (tp - 1) / tp / card_.scale_up_bytes_per_s
                 travel = 2 * (half + eff.message_s)
             total += part.layers * max(core + linear, travel)
-        elif part.stage == "head":
-            flops_s = tokens * part.linear_flops / tp / flops
-            total += max(flops_s, part.weight_elements * 2 / tp / rate)
     return total
+
+
+def head_s(work, card_, eff, tp, tokens):
+    """Seconds of the head, once a token, written out again."""
+    flops = card_.flops_per_s["bf16"] * eff.arithmetic
+    rate = card_.memory_bandwidth_bytes_per_s * eff.bandwidth
+    part = next(p for p in work.parts if p.stage == "head")
+    return max(tokens * part.linear_flops / tp / flops, part.weight_elements * 2 / tp / rate)
+
+
+def token_s(request, pool, tp, tokens, body_s, in_flight):
+    """Seconds from a token to the next: the layers, and the FFN's wait while the head works.
+
+    The layers are alike: each takes its half of the body. The head holds up each micro-batch in
+    turn, less what attention has left of the first layer.
+    """
+    work, context = request.problem.workload, request.problem.context
+    head = head_s(work, pool.card, pool.efficiency, tp, tokens)
+    layer = attention_s(work, pool.card, pool.efficiency, tp, context, tokens) / 2
+    left = body_s / 2 - in_flight * layer
+    return body_s + max(head, in_flight * head - left)
 
 
 def ffn_s(work, card_, eff, tp, ep, tokens):
@@ -142,17 +160,17 @@ def count_up(seconds, budget, most):
 
 
 def paces(request):
-    """Every pace: targets of two significant digits of a millisecond."""
-    for exponent in range(-2, 4):
-        for digits in range(10, 100):
+    """Every pace through the layers: steps of 2 in the third digit of a millisecond."""
+    for exponent in range(-3, 3):
+        for digits in range(100, 1000, 2):
             step = float(f"{digits}e{exponent}")
             if 0.1 <= step <= request.tpot_s * 1e3 * (1 + 1e-12):
                 for in_flight, share in request.paces:
                     yield step * 1e-3 * (1 - JITTER), in_flight, share
 
 
-def columns_at(request, pass_s, in_flight, share):
-    """Attention (pool, tp, tokens) and FFN (pool, tp, ep, tokens) columns at one pace."""
+def columns_at(request, body_s, in_flight, share):
+    """Attention (pool, tp, tokens, layer, token) and FFN (pool, tp, ep, tokens) at one pace."""
     work, context = request.problem.workload, request.problem.context
     attention, ffn = [], []
     for p, pool in enumerate(request.problem.pools):
@@ -167,11 +185,13 @@ def columns_at(request, pass_s, in_flight, share):
             held = (memory - weights) / (2 * 2 * 64 * context * 2)
             batch = count_up(
                 partial(attention_s, work, pool.card, pool.efficiency, tp, context),
-                share * pass_s,
+                share * body_s,
                 max(0, math.floor(held / in_flight)),
             )
-            if batch:
-                attention.append((p, tp, batch))
+            pace = token_s(request, pool, tp, batch, body_s, in_flight)
+            if batch and pace <= request.tpot_s * (1 - JITTER) * (1 + 1e-9):
+                layer = attention_s(work, pool.card, pool.efficiency, tp, context, batch) / 2
+                attention.append((p, tp, batch, layer, pace))
             for ep in (1, 2, 4):
                 part = next(q for q in work.parts if q.stage == "ffn")
                 if part.layers * part.weight_elements * 2 / (tp * ep) > memory:
@@ -180,7 +200,7 @@ def columns_at(request, pass_s, in_flight, share):
                     continue
                 taken = count_up(
                     partial(ffn_s, work, pool.card, pool.efficiency, tp, ep),
-                    share * pass_s,
+                    share * body_s,
                     MOST_TOKENS,
                 )
                 if taken:
@@ -188,21 +208,21 @@ def columns_at(request, pass_s, in_flight, share):
     return attention, ffn
 
 
-def wire_tokens(request, a, f, cards, ep, pass_s, in_flight, share):
+def wire_tokens(request, ways, cards, ep, layer, body_s, share):
     """Tokens that ``cards`` cards pass over the wire from pool a to pool f, by the hop."""
-    wire = request.problem.wires[a, f]
+    wire = request.problem.wires[ways]
     if isinstance(wire, NoWire):
         return 0
     work = request.problem.workload
     top_k = next(p.top_k for p in work.parts if p.stage == "ffn")
     scales = 4 * math.ceil(work.hidden / 128)
     out, back = work.hidden + scales + 6 * top_k, 2 * work.hidden  # int8 there, bf16 back
-    message = max(request.problem.pools[n].efficiency.message_s for n in (a, f))
-    left = (1 - 2 * share) * pass_s - 2 * work.layers * message
+    message = max(request.problem.pools[n].efficiency.message_s for n in ways)
+    left = (1 - share) * body_s / 2 - layer - 2 * message
     if left <= 0:
         return 0
-    by_time = left / (work.layers * ep * wire.message_s_per_byte * (out + back))
-    busy = pass_s / in_flight / (work.layers * ep * wire.busy_s_per_byte * max(out, back))
+    by_time = left / (ep * wire.message_s_per_byte * (out + back))
+    busy = share * body_s / 2 / (ep * wire.busy_s_per_byte * max(out, back))
     return math.floor(min(by_time, busy) * cards * (1 + 1e-12))
 
 
@@ -262,33 +282,34 @@ def brute_force(request):
     price = [
         1.0 if request.objective == "cards" else p.card.usd_per_hour / 3600 * 1e6 for p in pools
     ]
-    for pass_s, in_flight, share in paces(request):
-        attention, ffn = columns_at(request, pass_s, in_flight, share)
+    for body_s, in_flight, share in paces(request):
+        attention, ffn = columns_at(request, body_s, in_flight, share)
         if not attention or not ffn:
             continue
         send = [
-            [min(b, wire_tokens(request, p, q, tp, ep, pass_s, in_flight, share))
-             for q, _, ep, _ in ffn] for p, tp, b in attention
+            [min(b, wire_tokens(request, (p, q), tp, ep, layer, body_s, share))
+             for q, _, ep, _ in ffn] for p, tp, b, layer, _ in attention
         ]  # fmt: skip
         take = [
-            [min(b, wire_tokens(request, p, q, tf * ep, ep, pass_s, in_flight, share))
-             for q, tf, ep, b in ffn] for p, _, _ in attention
+            [min(b, wire_tokens(request, (p, q), tf * ep, ep, layer, body_s, share))
+             for q, tf, ep, b in ffn] for p, _, _, layer, _ in attention
         ]  # fmt: skip
-        columns = [(p, 1, tp) for p, tp, _ in attention] + [(q, ep, tp) for q, tp, ep, _ in ffn]
+        columns = [(p, 1, tp) for p, tp, *_ in attention] + [(q, ep, tp) for q, tp, ep, _ in ffn]
         key = tuple(columns)
         ways[key] = ways.get(key) or list(counts_of(pools, columns))
         for counts in ways[key]:
             n_a, n_f = counts[: len(attention)], counts[len(attention) :]
             if not any(n_a) or not any(n_f):
                 continue
+            pace = max(a[4] for a, n in zip(attention, n_a, strict=True) if n)
             cost = sum(n * g * tp * price[p] for n, (p, g, tp) in zip(counts, columns, strict=True))
             most = min(
                 sum(n * max(row) for n, row in zip(n_a, send, strict=True)),
                 sum(n * max(row) for n, row in zip(n_f, zip(*take, strict=True), strict=True)),
             )
-            if not most or score(request, cost, most * in_flight / pass_s) >= best:
+            if not most or score(request, cost, most * in_flight / pace) >= best:
                 continue  # even if every instance were full
-            served = best_flow(n_a, n_f, send, take) * in_flight / pass_s
+            served = best_flow(n_a, n_f, send, take) * in_flight / pace
             if served > 0:
                 best = min(best, score(request, cost, served))
     return best
@@ -306,7 +327,7 @@ def score(request, cost, served):
 @pytest.mark.parametrize("seed", range(CASES))
 def test_planner_equals_brute_force(seed):
     request = instance(seed)
-    found, want = plan(request).split, brute_force(request)
+    found, want = best_split(request), brute_force(request)
     assert (found.plan is None) == math.isinf(want)
     if found.plan is not None:
         assert found.score == pytest.approx(want, rel=1e-7)
@@ -315,5 +336,5 @@ def test_planner_equals_brute_force(seed):
 
 
 def test_random_instances_are_of_both_kinds():
-    kinds = [plan(instance(seed)).split.plan is not None for seed in range(1, CASES, 8)]
+    kinds = [best_split(instance(seed)).plan is not None for seed in range(1, CASES, 8)]
     assert any(kinds) and not all(kinds)
