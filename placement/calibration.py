@@ -96,8 +96,10 @@ def _split_tokens_per_s_per_card(card: str, efficiency: Efficiency) -> float:
 
 
 def _colocated_tokens_per_s_per_card(card: str, efficiency: Efficiency) -> float:
+    """Weights in FP8; the attention core and its cache stay in bf16 (DeepSeek-V3 report, 3.3)."""
     model, spec = _model("DeepSeek-V3"), _card(card)
-    attention = AttentionStage(model, Roof.of(spec, efficiency, "fp8"), 1, COLOCATED_CONTEXT)
+    linear, core = (Roof.of(spec, efficiency, dtype) for dtype in ("fp8", "bf16"))
+    attention = AttentionStage(model, linear, 1, COLOCATED_CONTEXT, core)
     stage = ColocatedStage(attention, spec, COLOCATED_CARDS, ELEMENT_BYTES["fp8"])
     tokens = np.array([COLOCATED_BATCH / COLOCATED_IN_FLIGHT])
     return COLOCATED_BATCH / float(stage.pass_s(tokens, COLOCATED_IN_FLIGHT)[0])

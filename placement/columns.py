@@ -173,6 +173,15 @@ class Problem:
     context: int
     wires: Mapping[tuple[int, int], Wire | NoWire]
     excluded_dtypes: frozenset[str] = frozenset()
+    excluded_roles: frozenset[tuple[str, str]] = frozenset()
+    """("attention", card), ("ffn", card), ("colocated", "")."""
+
+    def allows(self, role: str, pool: Pool) -> bool:
+        """Return whether a pool may run a role: attention, ffn, or colocated for both."""
+        if role == "colocated":
+            both = self.allows("attention", pool) and self.allows("ffn", pool)
+            return both and ("colocated", "") not in self.excluded_roles
+        return (role, pool.card.name) not in self.excluded_roles
 
     @property
     def wire_dtype(self) -> str:
@@ -199,6 +208,8 @@ def largest_batch(seconds: Callable[[Batch], Batch], budget_s: Batch, most: Batc
 def attention_columns(problem: Problem, clocks: Clocks) -> Iterator[AttentionColumn]:
     """Yield every kind of attention instance that holds its weights and some sequence."""
     for index, pool in enumerate(problem.pools):
+        if not problem.allows("attention", pool):
+            continue
         for precision in precisions(pool.card, problem.excluded_dtypes):
             roof = Roof.of(pool.card, pool.efficiency, precision)
             for tp in degrees(pool):
@@ -225,6 +236,8 @@ def ffn_columns(problem: Problem, clocks: Clocks) -> Iterator[FfnColumn]:
     """Yield every kind of FFN set that holds its weights."""
     wire = ELEMENT_BYTES[problem.wire_dtype]
     for index, pool in enumerate(problem.pools):
+        if not problem.allows("ffn", pool):
+            continue
         for precision in precisions(pool.card, problem.excluded_dtypes):
             roof = Roof.of(pool.card, pool.efficiency, precision)
             for tp in degrees(pool):

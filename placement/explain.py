@@ -77,6 +77,9 @@ def _split_alternatives(outcome: Outcome) -> Iterator[Alternative]:
         if isinstance(wire, NoWire):
             yield Alternative(label, None, np.inf, "network", wire.reason)
             continue
+        pair = [request.problem.pools[p] for p in (a, f)]
+        if not all(map(request.problem.allows, ("attention", "ffn"), pair)):
+            continue
         i, j = _columns(space, a, f)
         if not i or not j:
             yield Alternative(label, None, np.inf, "memory", _too_small(request, a, f, bool(i)))
@@ -200,6 +203,8 @@ def _colocated_alternatives(outcome: Outcome) -> Iterator[Alternative]:
     """Yield the colocated plan of each pool and, where the winner does not split, the split one."""
     pools = outcome.request.problem.pools
     for p, pool in enumerate(pools):
+        if not outcome.request.problem.allows("colocated", pool):
+            continue
         found = best_colocated(outcome.request, [c for c in outcome.columns if c.pool == p])
         label = f"colocated on {pool.name}"
         if found.plan is None:
@@ -232,29 +237,29 @@ def binding(outcome: Outcome) -> str:
     target = f"the target of {outcome.request.tpot_s * 1e3:g} ms"
     if isinstance(plan, ColocatedPlan):
         column = plan.columns[0][0]
+        card = column.stage.card.name
         if column.batch == column.by_memory:
-            return f"KV memory: {column.batch} sequences a group fill {column.stage.card.name}"
-        return f"stage time: {column.batch} sequences a group fill {target}"
-    return _split_binding(outcome.space, plan, target)
+            return f"The KV memory of {card} is full at {column.batch} sequences a group."
+        return f"On {card} {column.batch} sequences a group fill {target}."
+    said = ", and ".join(_split_binding(outcome.space, plan, target))
+    return f"{said[:1].upper()}{said[1:]}."
 
 
-def _split_binding(space: Space, plan: SplitPlan, target: str) -> str:
-    said: list[str] = []
+def _split_binding(space: Space, plan: SplitPlan, target: str) -> Iterator[str]:
     for n, (a, count) in enumerate(plan.attention):
         each, batch = plan.flow[n].sum() / count, a.capacity[plan.clock]
         name = plan.pools[a.pool].name
         if each < batch * (1 - TELLING):
-            room = f"{each:.0f} of {batch:.0f} tokens an instance"
+            room = f"{each:.0f} of the {batch:.0f} tokens that an instance could"
             wired = min(space.send[plan.clock, space.attention.index(a)].max(), batch)
-            why = "network" if wired < batch else "whole FFN sets"
-            said.append(f"{why}: attention on {name} sends {room}")
+            why = "over its network" if wired < batch else "because FFN sets come whole"
+            yield f"attention on {name} sends {room}, {why}"
         elif a.by_memory[plan.clock] <= a.by_time[plan.clock]:
-            said.append(f"KV memory: {batch:.0f} tokens of a micro-batch fill {name}")
+            yield f"the KV memory of {name} is full at {batch:.0f} tokens of a micro-batch"
         else:
-            said.append(f"stage time: attention on {name} fills its share of {target}")
+            yield f"attention on {name} fills its share of {target}"
     for n, (f, count) in enumerate(plan.ffn):
         each, batch = plan.flow[:, n].sum() / count, f.capacity[plan.clock]
         name = plan.pools[f.pool].name
         if each >= batch * (1 - TELLING):
-            said.append(f"stage time: FFN on {name} is full at {batch:.0f} tokens")
-    return "; ".join(said)
+            yield f"the FFN on {name} fills its share at {batch:.0f} tokens of a micro-batch"

@@ -118,14 +118,22 @@ class AttentionStage:
     roof: Roof
     tp: int
     context: int
+    core_roof: Roof | None = None
+    """Of the core and its cache, where they are kept in another precision than the weights."""
+
+    @property
+    def core(self) -> Roof:
+        """Return the roof of the core and its cache."""
+        return self.core_roof or self.roof
 
     def layer_s(self, part: Part, tokens: Batch) -> Batch:
         """Return the seconds of one layer: core, then projections, while TP's sums travel."""
         roof, core = self.roof, part.core
         assert core is not None, f"{part.name} is no attention"
-        core_s = roof.seconds(
+        read_bytes = core.kv_bytes(self.context, self.core.element_bytes)
+        core_s = self.core.seconds(
             tokens * core.flops(self.context) / self.tp,
-            tokens * core.kv_bytes(self.context, roof.element_bytes) / kv_shards(core, self.tp),
+            tokens * read_bytes / kv_shards(core, self.tp),
         )
         weights = part.weight_elements * roof.element_bytes / self.tp
         linear_s = roof.seconds(tokens * part.linear_flops / self.tp, weights)
@@ -179,7 +187,7 @@ class AttentionStage:
         """Return the bytes that one sequence holds on one card."""
         return sum(
             p.layers
-            * p.core.held_bytes(self.context, self.roof.element_bytes)
+            * p.core.held_bytes(self.context, self.core.element_bytes)
             / kv_shards(p.core, self.tp)
             for p in self.workload.of("attention")
             if p.core is not None

@@ -22,7 +22,9 @@ from step3_hetero.placement.planner import Outcome
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, SplitPlan
 from step3_hetero.placement.written import write_whole
 
-LEFT_OUT = ("alternatives", "attention", "ffn", "pipeline", "racks")
+LEFT_OUT = (
+    "alternatives", "attention", "ffn", "pipeline", "racks", "cost_by_context", "pareto"
+)  # fmt: skip
 """Keys of the JSON that a config says in its own words, or that are too long for it."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from step3_hetero.placement.curves import curves
 from step3_hetero.placement.efficiency import CASES
 from step3_hetero.placement.explain import Alternative, alternatives, binding, label_of
 from step3_hetero.placement.infeasible import why_infeasible
@@ -35,6 +36,7 @@ class About:
     layers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
+    with_curves: bool = False
 
 
 def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
         "breakdown": breakdown(best, problem.pools),
         "prefill": prefill_json(best, request),
         "run": run,
+        **(curves(outcome) if about.with_curves else {}),
         "pipeline": pipeline.to_json(),
     }
 
@@ -92,7 +95,7 @@ def run_json(best: AnyPlan, pools: Sequence[Pool], period: float) -> dict[str, A
 
     The objective and its bound count sums over all layers; this is what `simulate` says, too.
     """
-    slower = max(period / best.pass_s, 1.0)
+    slower = period / best.pass_s
     if isinstance(best, SplitPlan):
         most = float(best.flow.sum()) * best.micro_batches / best.pass_s
     else:
@@ -330,7 +333,10 @@ def notes(outcome: Outcome) -> list[str]:
     host = [w for w in request.problem.wires.values() if isinstance(w, Wire) and w.kind == HOST]
     if host and any(p.card.server.pcie_bytes_per_s is None for p in pools):
         rate = ASSUMED_PCIE_BYTES_PER_S / 1e9
-        said.append(f"no PCIe rate in the catalogue: {rate:g} GB/s assumed for host-bounced edges")
+        said.append(
+            f"no PCIe rate in the catalogue: {rate:g} GB/s assumed for host-bounced edges "
+            "(--pcie-gbytes gives it)"
+        )
     if isinstance(outcome.plan, ColocatedPlan) and len(pools) > 1:
         said.append("do not split: the colocated plan is the cheapest")
     return said

@@ -42,6 +42,7 @@ class Request:
     paces: tuple[tuple[int, float], ...] = PACES
     seconds: float = 30.0  # of one integer program; one that stops early leaves a gap
     programs: int = 100  # solved at most; more leave a gap
+    pace_step: int | None = None  # in place of the usual ones
 
     def card_cost(self, pool: Pool) -> float:
         """Return what a card adds to the objective: dollars per million seconds, or one."""
@@ -52,6 +53,8 @@ class Request:
     @property
     def step(self) -> int:
         """Return the step of the paces that are tried."""
+        if self.pace_step is not None:
+            return self.pace_step
         return STEP if self.by_ratio and self.objective == "usd" else COARSE_STEP
 
     @property

@@ -161,7 +161,7 @@ def _score(request: Request, plan: AnyPlan | None) -> float:
 
 
 def _place_colocated(plan: ColocatedPlan, floor: Floor, request: Request) -> None:
-    number = 0
+    number = -1
     for column, count in plan.columns:
         pool = request.problem.pools[column.pool].name
         racks = [r for r in floor.racks if pool in floor.racks[r]]
@@ -183,7 +183,7 @@ def _place_split(
     done_a, done_f = [0] * len(plan.attention), [0] * len(plan.ffn)
     flow = np.zeros_like(plan.flow)
     for number, (j, share) in enumerate(_sets(plan)):
-        home = _place_set(plan, j, number + 1, floor, share)
+        home = _place_set(plan, j, number, floor, share)
         if home is None:
             continue
         fed = False
@@ -191,7 +191,7 @@ def _place_split(
             column = plan.attention[i][0]
             pool = plan.pools[column.pool].name
             bulk = tokens * plan.ffn[j][0].ep
-            rack = _follow(floor, home, pool, column.tp, bulk * there, bulk * back, sum(done_a) + 1)
+            rack = _follow(floor, home, pool, column.tp, bulk * there, bulk * back, sum(done_a))
             if rack is not None:
                 done_a[i] += 1
                 flow[i, j] += tokens

@@ -93,8 +93,8 @@ class Space:
         instance sends no more than all sets can take: in a small pool that is what counts.
         """
         cost_a, cost_f = self.costs()
-        sends, takes = (most.sum(axis=0)[:, None, None] for most in self.by_pool)
-        send, take = np.minimum(self.send, takes), np.minimum(self.take, sends)
+        send = np.minimum(self.send, self.by_pool[1].sum(axis=0)[:, None, None])
+        take = np.minimum(self.take, self._sent_beside_a_set()[:, None, :])
         with np.errstate(divide="ignore"):
             return np.asarray(cost_a[:, None] / send + cost_f / take)
 
@@ -119,6 +119,20 @@ class Space:
             fit = pools[c.pool].groups(c.tp) // (c.cards // c.tp)
             most[c.pool] = np.maximum(most[c.pool], best[:, n] * fit)
         return most
+
+    def _sent_beside_a_set(self) -> Vector:
+        """Return the most that the cards send which one FFN set of each column leaves: (clocks, J).
+
+        A set takes no more, however many of its kind share it.
+        """
+        best, pools = self.send.max(axis=2, initial=0), self.request.problem.pools
+        a_card = np.zeros((len(self.clocks), len(pools)))
+        for n, a in enumerate(self.attention):
+            a_card[:, a.pool] = np.maximum(a_card[:, a.pool], best[:, n] / a.cards)
+        left = np.array(
+            [[p.cards - f.cards * (n == f.pool) for f in self.ffn] for n, p in enumerate(pools)]
+        )
+        return np.minimum(a_card @ left, self.by_pool[0].sum(axis=0)[:, None])
 
     @property
     def most_passed(self) -> Vector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ Examples:
   step3-hetero plan --model step3 --inventory hosts.yaml --tpot-ms 50 --out plan.yaml --json
 \b
 Exclusions: vendors:nvidia+ascend (no edge between the two), dtype:int8 (neither computed nor on
-the wire), rack:r7 (of an inventory).
+the wire), rack:r7 (of an inventory), attention:ascend-910b or ffn:h800 (not on these cards),
+colocated (only plans that split).
 """
 
 
@@ -37,6 +39,7 @@ the wire), rack:r7 (of an inventory).
 )  # fmt: skip
 @click.option("--host-nic-gbit", type=float, help="Rate of one host NIC; reaches any vendor.")
 @click.option("--host-nics-per-server", type=int, help="Host NICs that a server's cards share.")
+@click.option("--pcie-gbytes", type=float, help="PCIe of a card each way, GB/s; 20 assumed.")
 @click.option("--exclude", multiple=True, metavar="KIND:WHAT", help="See below. May be repeated.")
 @click.option("--profile", "profiles", multiple=True, help="A measured device for the data sheet.")
 @click.option(
@@ -60,7 +63,8 @@ def command(out: str | None, html: str | None, as_json: bool, **options: Any) ->
     asked = Asked.of(**options)
     placed = place_on_racks(plan(asked.request), asked.servers)
     outcome = placed.outcome
-    document = plan_json(outcome, asked.about_placed(placed))
+    about = replace(asked.about_placed(placed), with_curves=as_json or html is not None)
+    document = plan_json(outcome, about)
     if as_json:
         print_json(_finite(document))
     if not document["feasible"]:
@@ -104,7 +108,7 @@ def _show(document: dict[str, Any]) -> None:
             f"proven: no plan under ${bound:.4f} (gap {document['gap']:.2%}); "
             f"paper's roofline ${paper:.4f}"
         )
-    click.echo(f"bound by {document['binding']}")
+    click.echo(document["binding"])
     rows = [_row("attention", g) for g in document["attention"]["groups"]]
     if document["split"]:
         rows += [_row("FFN", g) for g in document["ffn"]["groups"]]
