@@ -30,8 +30,8 @@ Examples:
 @json_option
 def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show placement, edges and bytes of a config, without any hardware."""
-    from step3_hetero.api import open_devices, resolve
     from step3_hetero.config import Config
+    from step3_hetero.runtime.resolving import open_devices, resolve
 
     resolved = resolve(Config.read(Path(config), list(overrides)))
     if here:

@@ -125,7 +125,7 @@ class Role(_Section):
         tuple[Annotated[int, Field(ge=0)], ...] | None, Field(strict=False), AfterValidator(_some)
     ] = None
     """Device numbers of the backend; None takes them from 0 on."""
-    instances: Annotated[Count, _later(1)] = 1
+    instances: Count = 1
     tp: Annotated[Count, _later(1)] = 1
     ep: Annotated[Count, _later(1)] = 1
     spares: Annotated[int, Field(ge=0), _later(0)] = 0
@@ -147,13 +147,15 @@ class Role(_Section):
 class Runtime(_Section):
     """How the engine runs, for all roles."""
 
-    processes: Annotated[Literal["one", "per-role"], _later("one")] = "one"
+    processes: Literal["one", "per-role"] = "one"
+    """One process for all roles, or one for each instance of each role."""
     dtype: Literal["model", "fp32", "bf16", "fp64"] = "model"
     """Of activations; model is what the checkpoint says. The reference alone computes in fp64."""
     batch_invariant: bool = False
     """A sequence's tokens do not depend on what else is in the batch, bit for bit."""
     router_logits: Literal["fp32", "model"] = "fp32"
-    microbatches: Annotated[Count, _later(1)] = 1
+    microbatches: Annotated[int, Field(ge=1, le=4)] = 1
+    """Micro-batches under way at a time on each attention instance."""
     max_batch: Count = 64
     """Sequences in one step."""
     kv_dtype: Annotated[Literal["auto", "bf16", "fp8", "int8"], _later("auto")] = "auto"
@@ -233,6 +235,10 @@ class Config(_Section):
             message = f"model: no folder {str(self._base / self.model)!r}"
             yield Problem(self._document.place(["model"]), message)
         for name, role in self.roles.items():
+            if self.runtime.processes == "one" and role.instances > 1:
+                place = self._document.place(("roles", name, "instances"))
+                message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"
+                yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
             ranks = role.instances * role.tp + role.spares
             if role.devices is not None and len(role.devices) != ranks:
                 key = ("roles", name, "devices")
@@ -247,6 +253,15 @@ class Config(_Section):
             return folder if folder.is_dir() else None
         except OSError:  # a name too long for the file system, or not ours to look at
             return None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._base
+
+    def values(self) -> dict[str, Any]:
+        """Return what was written, overrides applied, as plain data for ``from_dict``."""
+        return dict(self._document.values)
 
     def where(self, key: str) -> str:
         """Return where a key such as ``roles.f.stages.0`` was written, as ``run.yaml:9``.
