@@ -115,9 +115,9 @@ class Space:
         pools = self.request.problem.pools
         most = np.zeros((len(pools), len(self.clocks)))
         best = tokens.max(axis=axis, initial=0)
-        for n, c in enumerate(columns):
-            fit = pools[c.pool].groups(c.tp) // (c.cards // c.tp)
-            most[c.pool] = np.maximum(most[c.pool], best[:, n] * fit)
+        for n, (p, tp, cards) in enumerate((c.pool, c.tp, c.cards) for c in columns):
+            fit = pools[p].groups(tp) // (cards // tp)
+            most[p] = np.maximum(most[p], best[:, n] * fit)
         return most
 
     def _sent_beside_a_set(self) -> Vector:
@@ -132,7 +132,7 @@ class Space:
         left = np.array(
             [[p.cards - f.cards * (n == f.pool) for f in self.ffn] for n, p in enumerate(pools)]
         )
-        return np.minimum(a_card @ left, self.by_pool[0].sum(axis=0)[:, None])
+        return np.asarray(np.minimum(a_card @ left, self.by_pool[0].sum(axis=0)[:, None]))
 
     @property
     def most_passed(self) -> Vector:
