@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from step3_hetero.placement.columns import COARSE_STEP
 from step3_hetero.placement.curves import curves
 from step3_hetero.placement.efficiency import CASES
 from step3_hetero.placement.explain import Alternative, alternatives, binding, label_of
@@ -269,7 +270,7 @@ def breakdown(best: AnyPlan, pools: Sequence[Pool]) -> dict[str, float] | None:
 def _range(outcome: Outcome) -> list[float] | None:
     """Return the objective when assumed constants are at their high and at their low case.
 
-    Planned anew for each: other constants may make another placement the best.
+    Planned anew for each, at fewer paces: other constants may make another placement the best.
     """
     request = outcome.request
     if all(pool.efficiency.calibrated for pool in request.problem.pools):
@@ -277,12 +278,15 @@ def _range(outcome: Outcome) -> list[float] | None:
     found = []
     for case in (CASES[-1], CASES[0]):
         pools = tuple(with_case(request.problem.pools, case))
-        other = plan(replace(request, problem=replace(request.problem, pools=pools)))
+        problem = replace(request.problem, pools=pools)
+        other = plan(replace(request, problem=problem, pace_step=COARSE_STEP))
         usd = usd_per_mtok(other.plan, pools)
         if usd is None:
             return None
         found.append(usd)
-    return sorted(found)
+    nominal = usd_per_mtok(outcome.plan, request.problem.pools)
+    assert nominal is not None, "priced, since the others are"
+    return [min(nominal, *found), max(nominal, *found)]
 
 
 def prefill_json(best: AnyPlan, request: Request) -> dict[str, Any]:

@@ -163,11 +163,12 @@ class Space:
         send, take = self.send[clock] * keeps, self.take[clock] * keeps
         cards_a = np.array([float(c.cards) for c in self.attention])
         cards_f = np.array([float(c.cards) for c in self.ffn])
-        i = solve.undominated(cards_a, send, take, [c.pool for c in self.attention])
-        j = solve.undominated(cards_f, take.T, send.T, [c.pool for c in self.ffn])
+        places_a, places_f = ([c.pool for c in side] for side in (self.attention, self.ffn))
         if pools is not None:
-            i = [n for n in i if self.attention[n].pool == pools[0]]
-            j = [n for n in j if self.ffn[n].pool == pools[1]]
+            send = send * np.equal(places_a, pools[0])[:, None] * np.equal(places_f, pools[1])
+            take = take * (send > 0)
+        i = solve.undominated(cards_a, send, take, places_a)
+        j = solve.undominated(cards_f, take.T, send.T, places_f)
         cost_a, cost_f = self.costs()
         used: list[AttentionColumn | FfnColumn] = [self.attention[n] for n in i]
         used += [self.ffn[n] for n in j]
