@@ -109,12 +109,13 @@ def predicted_and_measured(config: str, name: str) -> dict[str, Any]:
     """Return predicted and measured decode speed of one placement; profile and runs take turns."""
     from step3_hetero import api
     from step3_hetero.placement.profile_predict import tokens_per_s
+    from step3_hetero.runtime.resolving import read_config, resolve
 
     overrides = PLACEMENTS[name]
     predicted, measured = [], []
     with api.load(config, **overrides) as engine:
         for _ in range(PAIRS):
-            resolved = api.resolve(api.read_config(config, overrides))
+            resolved = resolve(read_config(config, overrides))
             profiles = profiles_of(resolved)
             predicted.append(tokens_per_s(resolved.placement, profiles, BATCH, PROMPT, DECODE))
             measured.append(decode_speed(engine))
