@@ -12,6 +12,7 @@ BENCHES = {
     "agreement": "log-probabilities beside vLLM's; not run here: bench/setup_vllm.sh first",
     "memory": "resident memory after loading",
     "startup": "time of step3-hetero --help",
+    "planner": "planning time from 64 to a million cards; --generate: predicted beside measured",
 }
 """Each bench and what it measures; ``python -m bench.NAME --help`` says more."""
 
