@@ -20,7 +20,7 @@ from rich.table import Table
 from bench import machine
 
 KINDS = ("h800", "h20", "a800", "ascend-910b")
-SIZES = (64, 1_000, 10_000, 100_000, 1_000_000)
+SIZES = (16, 64, 1_000, 10_000, 100_000, 1_000_000)
 PAIRS = 5
 BATCH, PROMPT, DECODE = 8, 32, 64
 PLACEMENTS = {
@@ -33,7 +33,10 @@ WITHIN = 0.20
 EPILOG = """\b
 Examples:
   python -m bench.planner
-  python -m bench.planner --beside ".venv-aiconfigurator/bin/aiconfigurator cli ..."
+  bench/setup_aiconfigurator.sh .venv-aiconfigurator
+  python -m bench.planner --runs 1 --beside ".venv-aiconfigurator/bin/aiconfigurator cli default
+      --model-path Qwen/Qwen3-30B-A3B --total-gpus 16 --system h200_sxm --serving-mode afd
+      --isl 4000 --osl 500 --tpot 50 --ttft 5000"
   python -m bench.planner --generate                   # on a quiet machine
 """
 
