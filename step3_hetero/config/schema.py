@@ -125,13 +125,13 @@ class Role(_Section):
     ] = None
     """Device numbers of the backend; None takes them from 0 on."""
     instances: Count = 1
-    tp: Annotated[Count, _later(1)] = 1
-    ep: Annotated[Count, _later(1)] = 1
+    tp: Count = 1
+    """Cards that share each of an instance's stages."""
+    ep: Count = 1
+    """Instances that share the experts: one set."""
     spares: Annotated[int, Field(ge=0), _later(0)] = 0
     hosts: Annotated[tuple[Name, ...] | None, Field(strict=False), _later(None)] = None
-    weights: Annotated[
-        Literal["auto", "fp32", "bf16", "fp8", "int8"], _later("auto", "fp32", "bf16")
-    ] = "auto"
+    weights: Literal["auto", "fp32", "bf16", "fp8", "int8"] = "auto"
     """The format in device memory; auto keeps `runtime.dtype`."""
     emulate: Annotated[Name | None, _later(None)] = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -153,11 +153,11 @@ class Runtime(_Section):
     batch_invariant: bool = False
     """A sequence's tokens do not depend on what else is in the batch, bit for bit."""
     router_logits: Literal["fp32", "model"] = "fp32"
-    microbatches: Annotated[int, Field(ge=1, le=4)] = 1
+    microbatches: Annotated[int, Field(ge=1, le=64)] = 1
     """Micro-batches under way at a time on each attention instance."""
     max_batch: Count = 64
     """Sequences in one step."""
-    kv_dtype: Annotated[Literal["auto", "bf16", "fp8", "int8"], _later("auto")] = "auto"
+    kv_dtype: Literal["auto", "bf16", "fp8", "int8"] = "auto"
     kv_blocks: Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)] = "auto"
     """Logical blocks of 128 tokens; auto fills the memory that the weights leave."""
     prefill_chunk: Count = 512
@@ -179,6 +179,19 @@ class Transport(_Section):
     """A file, relative to this one, whose content peers have to know; needed beyond loopback."""
 
 
+ROLE_READY: Mapping[str, tuple[object, ...]] = {
+    "tp": (1,),
+    "ep": (1,),
+    "weights": ("auto", "fp32", "bf16"),
+}
+"""What this build runs, of keys whose other values only a plan may hold."""
+
+RUNTIME_READY: Mapping[str, tuple[object, ...]] = {
+    "microbatches": (1, 2, 3, 4),
+    "kv_dtype": ("auto",),
+}
+
+
 class Config(_Section):
     """The whole file, one field per key. It remembers where each key was written."""
 
@@ -195,8 +208,12 @@ class Config(_Section):
     _document: Document = PrivateAttr()
 
     @classmethod
-    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def read(
+        cls, path: str | Path, overrides: Sequence[str] = (), *, planned: bool = False
+    ) -> Self:
         """Read a file, then apply overrides such as ``roles.f.backend=cpu``.
+
+        ``planned``: a file with ``predicted`` may hold what this build cannot run yet.
 
         Raises:
             ConfigError: it cannot be read or breaks a rule; one line, ``run.yaml:9: ...``.
@@ -204,7 +221,10 @@ class Config(_Section):
         document = Document.read(Path(path))
         for override in overrides:
             document.override(override)
-        return cls._of(document, Path(path).parent)
+        config = cls._of(document, Path(path).parent)
+        if not planned or config.predicted is None:
+            refuse(list(config.unready()))
+        return config
 
     @classmethod
     def from_dict(
@@ -215,7 +235,9 @@ class Config(_Section):
         Raises:
             ConfigError: a rule is broken; the message starts with ``name`` in the place of a line.
         """
-        return cls._of(Document.of(mapping, name), Path(base))
+        config = cls._of(Document.of(mapping, name), Path(base))
+        refuse(list(config.unready()))
+        return config
 
     @classmethod
     def _of(cls, document: Document, base: Path) -> Self:
@@ -228,6 +250,20 @@ class Config(_Section):
         config._base, config._document = base, document
         refuse([*problems, *config._conflicts()])
         return config
+
+    def unready(self) -> Iterator[Problem]:
+        """Yield each key whose value this build cannot run yet, with what it can."""
+        sections: list[tuple[str, BaseModel, Mapping[str, tuple[object, ...]]]] = [
+            (f"roles.{name}", role, ROLE_READY) for name, role in self.roles.items()
+        ]
+        for prefix, section, ready in [*sections, ("runtime", self.runtime, RUNTIME_READY)]:
+            for key, values in ready.items():
+                value = getattr(section, key)
+                if value not in values:
+                    place = self._document.place([*prefix.split("."), key])
+                    use = " or ".join(map(shown, values))
+                    said = f"{prefix}.{key}: {shown(value)} is not available yet; use {use}"
+                    yield Problem(place, said)
 
     def _conflicts(self) -> Iterator[Problem]:
         """Yield what is wrong between keys, or between a key and the disk."""
