@@ -64,7 +64,7 @@ class Driver:
             while self._answers:
                 self._resume(front, self._answers.popleft())
             for role, remote in self._remotes.items():
-                for number in remote.silent():
+                for number in remote.lost():
                     front.send(Kind.LOST, said={"role": role, "instance": number})
 
     def _from_front(self, front: Link) -> bool:

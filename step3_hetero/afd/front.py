@@ -230,6 +230,8 @@ class ProcessExecutor(Executor):
                 lost = next((s for s in self._seats if s.member.name == name), None)
                 if lost is not None and self._is_silent(lost):
                     self._give_up(lost)
+                else:  # it lives, or will: whoever lost it may connect again
+                    self._point(seat)
 
     def _ready(self, seat: Seat) -> None:
         seat.is_ready = True

@@ -61,7 +61,7 @@ class Kind(IntEnum):
     AGAIN = 17
     """Anybody: a frame came damaged; send again what is not answered yet."""
     LOST = 18
-    """Attention to the front: an instance of another role gives no sign of life."""
+    """Attention to the front: an instance of another role is gone, or gives no sign of life."""
 
 
 def batch_parcel(batch: MicroBatch) -> tuple[Said, Arrays]:

@@ -45,6 +45,7 @@ class Remote:
         self._addresses: dict[int, str] = {}
         self._asked: dict[int, Asked] = {}
         self._damaged: set[int] = set()
+        self._lost: set[int] = set()
 
     @property
     def links(self) -> list[Link]:
@@ -57,8 +58,12 @@ class Remote:
             if self._addresses.get(number) == address and number in self._links:
                 continue
             self._drop(number)
+            self._lost.discard(number)
             self._addresses[number] = address
-            self._links[number] = self._connect(f"{self.role}:{number}", address)
+            try:
+                self._links[number] = self._connect(f"{self.role}:{number}", address)
+            except GONE:
+                self._lost.add(number)
         self._place()
 
     def call(self, seq: int, said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> None:
@@ -90,27 +95,19 @@ class Remote:
             self._damaged.discard(number)
             yield message
 
-    def silent(self) -> list[int]:
-        """Return the instances that owe an answer and have given no sign of life for too long.
+    def lost(self) -> list[int]:
+        """Return the instances lost since the last time: gone, or silent while they owe an answer.
 
-        They are given up: whoever watches the processes sees to it that they end.
+        The front is to be told, which ends what is silent and says where others listen.
         """
         owing = {id(a.link) for a in self._asked.values()}
-        found = [
-            number
-            for number, link in self._links.items()
-            if id(link) in owing and link.silent_s() > self._deadline_s
-        ]
-        for number in found:
-            self._drop(number)
+        for number, link in list(self._links.items()):
+            if id(link) in owing and link.silent_s() > self._deadline_s:
+                self._drop(number)
+        found, self._lost = sorted(self._lost), set()
         if found:
             self._place()
         return found
-
-    @property
-    def waits(self) -> bool:
-        """Say whether a call waits for an instance that does not exist at the moment."""
-        return any(a.link is None for a in self._asked.values())
 
     def close(self) -> None:
         """Let go of every link."""
@@ -152,6 +149,7 @@ class Remote:
         self._damaged.discard(number)
         if link is None:
             return
+        self._lost.add(number)
         link.close()
         for asked in self._asked.values():
             if asked.link is link:

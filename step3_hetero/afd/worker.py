@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from step3_hetero.afd.link import Link, Message, ready
 from step3_hetero.afd.messages import Arrays, Kind, Said, rows_only
 from step3_hetero.afd.wire import Wire
-from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
+from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.microbatch import StageClock
 from step3_hetero.specs import HostArray, TensorSpec
@@ -19,6 +19,14 @@ Greet = Callable[[Listener], Link | None]
 
 MAIN_INPUT = {"ffn": "u", "vision": "pixels"}
 """The input by whose rows the others are judged."""
+
+
+def taken(loaded: LoadedStage) -> dict[str, TensorSpec]:
+    """Return what a stage takes, by name; pixels come from outside the graph."""
+    if loaded.node.kind == "vision":
+        dims = ("images", "height", "width", "channels")
+        return {"pixels": TensorSpec("pixels", dims, loaded.node.spec.dtype)}
+    return {t.name: t for t in loaded.node.takes}
 
 
 class Worker:
@@ -60,11 +68,15 @@ class Worker:
         try:
             message = link.receive(1.0)
             if message.kind == Kind.CALL:
-                said, arrays = self._answer(message)
+                try:
+                    said, arrays = self._answer(message)
+                except Step3HeteroError as error:
+                    link.send(Kind.FAILED, message.seq, {"why": str(error)})
+                    return True
                 link.send(Kind.ANSWER, message.seq, said, arrays, epoch=message.epoch)
         except CorruptFrame:
             link.send(Kind.AGAIN)
-        except (RoleLost, TransportTimeout, EdgeMismatch):
+        except (RoleLost, TransportTimeout):
             return False
         return True
 
@@ -74,7 +86,7 @@ class Worker:
         if loaded is None:
             raise EdgeMismatch(f"asked for {name!r}; here: {', '.join(self._stages)}")
         start = time.perf_counter()
-        device, takes = loaded.device, {t.name: t for t in loaded.node.takes}
+        device, takes = loaded.device, taken(loaded)
         rows = self._checked(loaded, message.arrays, takes)
         inputs = self._a2f.to_device(device, message.arrays, takes)
         if loaded.node.kind != "vision":

@@ -6,7 +6,9 @@ import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from step3_hetero import SamplingParams, load
 from step3_hetero.errors import ConfigError, RoleLost
@@ -89,6 +91,37 @@ def test_tokens_and_logprobs_are_those_of_one_process(together, split):
 )
 def test_tokens_are_the_same_when_a_role_dies_or_falls_silent(together, name, number):
     assert answers(disturb=sent(name, number), **APART) == together
+
+
+def test_vision_may_be_a_role_of_its_own(together, tmp_path):
+    values = yaml.safe_load(DIGITS.read_text())
+    values["model"] = str((DIGITS.parent / values["model"]).resolve())
+    values["roles"]["a"]["stages"].remove("vision")
+    values["roles"]["f"]["backend"] = "cpu"
+    values["roles"]["v"] = {"stages": ["vision"], "backend": "cpu"}
+    values["runtime"] |= {"processes": "per-role", "batch_invariant": True}
+    with load(values) as engine:
+        done = engine.generate_all(requests(6))
+    assert [(c.token_ids, [p.chosen for p in c.logprobs]) for c in done] == together
+
+
+def test_many_requests_with_cancellations_leak_no_block():
+    rng = np.random.default_rng(0)
+    with load(DIGITS, roles__f__backend="cpu", **APART, runtime__microbatches=2) as engine:
+        numbers, ended = [], 0
+        for count in range(150):
+            prompt = rng.integers(20, 60, int(rng.integers(1, 40))).tolist()
+            numbers.append(engine.submit(prompt, SamplingParams(max_tokens=6, ignore_eos=True)))
+            if count % 3 == 0:
+                ended += len(engine.step())
+            if count % 7 == 0 and numbers[-1] in engine._sequences:
+                engine.cancel(numbers[-1])
+        while engine._sequences:
+            ended += len(engine.step())
+        ended += len(engine.step())
+        assert ended == len(numbers)
+        assert engine.lanes.free_blocks == engine.executor.kv_blocks
+        assert not engine.lanes.waiting
 
 
 def test_a_replica_takes_over(together):
