@@ -165,16 +165,16 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
 @pytest.mark.parametrize(
     ("old", "new", "want"),
     [
-        ("dtype: fp32", "processes: per-role",
-         "run.yaml:11: runtime.processes: 'per-role' is not available yet; use 'one'"),
         ("dtype: fp32", "microbatches: 2",
-         "run.yaml:11: runtime.microbatches: 2 is not available yet; use 1"),
+         "run.yaml:11: runtime.microbatches: 2 refused; allowed: 1 with runtime.processes: one; "
+         "set that to per-role"),
         ("dtype: fp32", "kv_dtype: fp8",
          "run.yaml:11: runtime.kv_dtype: 'fp8' is not available yet; use 'auto'"),
         ("dtype: fp32", "fallback: true",
          "run.yaml:11: runtime.fallback: true is not available yet; use false"),
         ("backend: cpu", "backend: cpu\n    instances: 2",
-         "run.yaml:7: roles.a.instances: 2 is not available yet; use 1"),
+         "run.yaml:7: roles.a.instances: 2 refused; allowed: 1 with runtime.processes: one; "
+         "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    tp: 8",
          "run.yaml:7: roles.a.tp: 8 is not available yet; use 1"),
         ("backend: cpu", "backend: cpu\n    ep: 2",

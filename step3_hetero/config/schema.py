@@ -270,6 +270,10 @@ class Config(_Section):
         if "/" in self.model and self.model_path is None:
             message = f"model: no folder {str(self._base / self.model)!r}"
             yield Problem(self._document.place(["model"]), message)
+        if self.runtime.processes == "one" and self.runtime.microbatches > 1:
+            place = self._document.place(("runtime", "microbatches"))
+            message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
+            yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
         for name, role in self.roles.items():
             if self.runtime.processes == "one" and role.instances > 1:
                 place = self._document.place(("roles", name, "instances"))

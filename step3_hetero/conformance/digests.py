@@ -20,11 +20,12 @@ CORE = Path(__file__).resolve().parents[1]
 OPS = ("ops.py", "composed.py", "specs.py")
 """What an op is: a digest of its own."""
 
-OTHERS_FOLDERS = ("backends", "placement", "cli", "evals", "transport")
-"""Folders of the core that no verdict depends on: backends have digests of their own; the planner,
-the printing of results, model evaluations and the wire take no part in a case."""
+OTHERS = ("backends", "placement", "cli", "evals", "transport", "afd", "api.py")
+"""What of the core no verdict depends on: backends have digests of their own; the planner, the
+printing of results, model evaluations and roles in other processes take no part in a case."""
 
-AFTERWARDS = ("bisect*.py", "shadow.py", "compare.py", "junit.py", "ops_page.py", "vectors*.py")
+AFTERWARDS = ("bisect*.py", "shadow.py", "compare.py", "junit.py", "ops_page.py", "vectors.py",
+              "given.py")  # fmt: skip
 """Modules of the suite that look at another run than a certificate's, or at a certificate."""
 
 CACHED = "__pycache__"
@@ -70,7 +71,7 @@ def _origins(backend: Backend) -> list[Path]:
 
 
 def _is_left_out(path: Path) -> bool:
-    if path.parts[0] in OTHERS_FOLDERS or str(path) in OPS:
+    if path.parts[0] in OTHERS or str(path) in OPS:
         return True
     return path.parts[0] == "conformance" and any(path.match(name) for name in AFTERWARDS)
 
