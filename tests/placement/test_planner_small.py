@@ -163,7 +163,7 @@ def count_up(seconds, budget, most):
 def paces(request):
     """Every pace through the layers, in steps of the third digit of a millisecond.
 
-    By 2 where the cost of a token is sought, by 10 for tokens, cards and a demand (docs/planner.md).
+    By 2 where the cost of a token is sought, by 10 for tokens, cards and a demand.
     """
     by_cost = request.objective == "usd" and request.demand is None
     for exponent in range(-3, 3):
