@@ -96,9 +96,18 @@ def _floats(handle: TensorHandle) -> Any:
 
 
 def _dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
-    """Multiply what the operands mean, sums in the accumulator's dtype."""
-    product = np.matmul(_floats(a), _floats(b), dtype=d.data.dtype)
-    return TensorHandle(product + d.data, d.dtype.scalar)
+    """Multiply what the operands mean, sums in the accumulator's dtype.
+
+    float32 operands as a card without tensor cores for them does it: one fused multiply and add
+    after another, each rounded once (products and sums of two float32 are near exact in float64).
+    """
+    left, right, total = _floats(a), _floats(b), d.data
+    if a.dtype.scalar != tl.float32 or d.dtype.scalar != tl.float32:
+        return TensorHandle(np.matmul(left, right, dtype=total.dtype) + total, d.dtype.scalar)
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    for k in range(left.shape[1]):
+        total = (left[:, k, None] * right[None, k, :] + total).astype(np.float32)
+    return TensorHandle(total, d.dtype.scalar)
 
 
 def _cast(self: Any, src: TensorHandle, to: Any) -> TensorHandle:

@@ -22,7 +22,7 @@ def attend(
 
     Shapes: q (tokens, kv_heads · GROUP, head_dim), tokens ``q_stride`` apart; keys, values (slots,
     kv_heads, head_dim), scales (slots, kv_heads); out as q, contiguous; with SPLIT instead partial
-    (splits, tokens, heads, head_dim) and lse (splits, tokens, heads), base 2, both float32; tables
+    (splits, tokens, heads, head_dim) and lse (splits, tokens, heads), both float32; tables
     (seqs, blocks), tile_seq, tile_row (tiles,), starts (seqs + 1,), positions (tokens,), int32.
 
     A tile's rows are (query, head) in that order, from ``tile_row`` on: one decoding query's 64
@@ -63,7 +63,7 @@ def attend(
         k = tl.load(keys + offset, mask=there[None, :] & wanted[:, None], other=0)
         offset = place[:, None] * HEAD_DIM + column[None, :]
         scores = tl.dot(rows, as_rows(k, rows.dtype, FORMAT), input_precision="ieee")
-        scores = scores * (scale * LOG2_E)
+        scores = scores * scale
         if FORMAT != PLAIN:
             scores = scores * tl.load(key_scales + place, mask=there, other=0.0)[None, :]
         scores = tl.where(number[None, :] < seen[:, None], scores, -float("inf"))
@@ -79,7 +79,7 @@ def attend(
     at = token.to(tl.int64) * (kv_heads * GROUP) + head
     if SPLIT:
         at += split.to(tl.int64) * tokens * (kv_heads * GROUP)
-        known = tl.where(weight == 0.0, -float("inf"), top + tl.log2(weight))
+        known = tl.where(weight == 0.0, -float("inf"), top + tl.log(weight))
         tl.store(lse + at, known, mask=valid)
         target = partial + at[:, None] * HEAD_DIM + column[None, :]
         tl.store(target, result, mask=valid[:, None] & wanted[None, :])
@@ -90,15 +90,18 @@ def attend(
 
 @triton.jit
 def weigh(scores, top, weight):
-    """Fold one tile of scores into a running softmax in base 2.
+    """Fold one tile of scores into a running softmax.
+
+    Differences are taken before the change to base 2: the product of a large score with log2(e)
+    would round off what tells it from the largest.
 
     Returns its weights, the maxima and sums so far, and what earlier sums shrink by. A row that
     has seen no key yet has maximum -inf; its weights are zero, not NaN.
     """
     higher = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(higher == -float("inf"), 0.0, higher)
-    p = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(top - safe)
+    p = tl.exp2((scores - safe[:, None]) * LOG2_E)
+    shrink = tl.exp2((top - safe) * LOG2_E)
     return p, higher, weight * shrink + tl.sum(p, 1), shrink
 
 
@@ -133,7 +136,7 @@ def combine(
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for split in tl.range(0, splits):
         known = tl.load(lse + split * rows + row, mask=there, other=-float("inf"))
-        share = tl.exp2(known - safe)
+        share = tl.exp2((known - safe) * LOG2_E)
         at = partial + (split * rows + row)[:, None] * HEAD_DIM + column
         used = (share > 0.0)[:, None] & (column < HEAD_DIM)
         total += tl.load(at, mask=used, other=0.0) * share[:, None]
@@ -170,7 +173,7 @@ def attend_image(
         place = base + number.to(tl.int64) * token_stride
         offset = place[None, :] + column[:, None]
         keys = tl.load(k + offset, mask=there[None, :] & wanted[:, None], other=0.0)
-        scores = tl.dot(rows, keys, input_precision="ieee") * (scale * LOG2_E)
+        scores = tl.dot(rows, keys, input_precision="ieee") * scale
         scores = tl.where(there[None, :], scores, -float("inf"))
         p, top, weight, shrink = weigh(scores, top, weight)
         offset = place[:, None] + column[None, :]
