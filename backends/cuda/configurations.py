@@ -21,7 +21,9 @@ TABLE = Path(__file__).with_name("configurations.json")
 
 VARIABLE = "STEP3_HETERO_CUDA_CONFIGURATIONS"
 
-KEYS = ("kernel", "arch", "numbers", "largest", "blocks", "num_warps", "num_stages")
+KEYS = (
+    "kernel", "arch", "numbers", "largest", "blocks", "num_warps", "num_stages", "promises"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Configuration:
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    promises: str
 
     @property
     def meta(self) -> dict[str, int]:

@@ -119,7 +119,7 @@ class CudaDevice(Device):
         self.info = info
         self.place = place
         self.options = options
-        self.arch = options["arch"] if place.type == "cpu" else _arch(place)
+        self.arch = _arch(place) if place.type == "cuda" else options["arch"]
         if options["fp8_activations"] and self.arch < FP8_ARCH:
             raise ConfigError(
                 f"backend 'cuda', option fp8_activations: refused on {info.description}; leave it out"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +14,37 @@ from torch import Tensor
 
 from step3_hetero.backends.cuda.configurations import Configuration
 
-INTERPRETED_ARCH = 90
-"""Whose configurations the interpreter runs unless its device was opened for another."""
+_ASSUMED_ARCH: ContextVar[int] = ContextVar("assumed_arch", default=90)
+"""Whose configurations kernels take whose tensors are on no card."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel: what it was given, and how."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    configuration: Configuration | None
+
+
+_RECORDED: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Note launches instead of making them, as a card of ``arch`` would: nothing is computed.
+
+    For tensors of the device ``meta``, which have shapes and no memory.
+    """
+    launches: list[Launch] = []
+    recorded, assumed = _RECORDED.set(launches), _ASSUMED_ARCH.set(arch)
+    try:
+        yield launches
+    finally:
+        _RECORDED.reset(recorded)
+        _ASSUMED_ARCH.reset(assumed)
 
 
 def launch(
@@ -29,6 +62,10 @@ def launch(
     if 0 in grid:
         return
     chosen = {} if configuration is None else configuration.meta
+    recorded = _RECORDED.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, args, constants, configuration))
+        return
     first = next(x for x in args if isinstance(x, Tensor))
     if first.is_cuda:
         with torch.cuda.device(first.device):
@@ -42,7 +79,7 @@ def launch(
 def arch_of(x: Tensor) -> int:
     """Return the compute capability of the card that holds ``x``, as 90 for 9.0."""
     if not x.is_cuda:
-        return INTERPRETED_ARCH
+        return _ASSUMED_ARCH.get()
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
