@@ -23,6 +23,9 @@ Examples:
   step3-hetero conformance verify vectors.safetensors --backend ascend
 """
 
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C ended: 128 and the signal's number, as shells have it."""
+
 file_argument = click.Path(dir_okay=False, path_type=Path)
 backend_option = click.option(
     "--backend", "target", required=True, metavar="NAME[:INDEX]", help="The device on trial."
@@ -32,6 +35,13 @@ only_option = click.option(
     multiple=True,
     metavar="TERM",
     help="Words that a case's id must contain, or !WORD that it must not. May be repeated.",
+)
+option_option = click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the backend, as in a role's `options`. May be repeated.",
 )
 scope_option = click.option(
     "--full/--quick", "full", default=False, help="All cases, real sizes too; quick by default."
@@ -45,6 +55,8 @@ def command() -> None:
 
 @command.command("run")
 @backend_option
+@option_option
+@click.option("--interpret", is_flag=True, help="Short for --option interpret=true.")
 @only_option
 @scope_option
 @click.option("--json", "certificate", type=file_argument, help="Write the certificate here.")
@@ -55,6 +67,8 @@ def command() -> None:
               help="Seconds after which a case hangs.")  # fmt: skip
 def run(
     target: str,
+    options: tuple[str, ...],
+    interpret: bool,
     only: tuple[str, ...],
     full: bool,
     certificate: Path | None,
@@ -62,34 +76,44 @@ def run(
     count: int,
     deadline: float,
 ) -> None:
-    """Run the suite on one device. Exits 1 when a case fails that is no known gap."""
+    """Run the suite on one device. Exits 1 when a case fails that is no known gap.
+
+    Ctrl-C ends the run early; what was found until then is written, as a selection of cases.
+    """
     from step3_hetero.conformance.certificate import certify
     from step3_hetero.conformance.gaps import known_gaps
     from step3_hetero.conformance.junit import write_junit
     from step3_hetero.conformance.suite import Target, apply_gaps, select, workers
 
-    asked = Target.parse(target)
+    asked = Target.parse(target, [*options, *(["interpret=true"] if interpret else [])])
     backend = asked.backend()
     gaps = known_gaps(backend)
     chosen = select(only, full=full)
     _check_folders(certificate, junit)
+    results: list[CaseResult] = []
+    is_whole = True
     with workers(asked, count=count, deadline_s=deadline) as pool:
         info = pool.describe()
-        results = []
         with progress(f"conformance of {asked}") as advance:
-            for result in pool.examine(chosen):
-                results.append(result)
-                advance(len(results), len(chosen))
+            try:
+                for result in pool.examine(chosen):
+                    results.append(result)
+                    advance(len(results), len(chosen))
+            except KeyboardInterrupt:
+                is_whole = False
+                pool.stop()
+    if not is_whole:
+        click.echo(f"interrupted after {len(results)} of {len(chosen)} cases", err=True)
     results = apply_gaps(results, gaps)
     scope: Literal["quick", "full", "selected"] = "full" if full else "quick"
-    found = certify(backend, info, results, "selected" if only else scope)
+    found = certify(backend, info, results, scope if is_whole and not only else "selected")
     _print_run(found, results)
     if certificate is not None:
         found.write(certificate)
     if junit is not None:
         write_junit(junit, f"conformance of {asked}", results)
-    if not found.passed:
-        raise click.exceptions.Exit(1)
+    if not (found.passed and is_whole):
+        raise click.exceptions.Exit(1 if is_whole else INTERRUPTED)
 
 
 @command.command("compare")

@@ -147,8 +147,9 @@ class StageCase:
             own = cache if node.kind == "attention" else None
             build = device.build if fused else _composed(device)
             stages.append(build(node.spec, weights[node.name], own, self._limits(inputs)))
-        arrays = {n: device.from_host(x) for n, x in inputs.arrays.items()}
-        return PlacedStage(device, stages, arrays, cache, inputs.meta)
+        placed = PlacedStage(device, stages, {}, cache)
+        placed.turn(inputs)
+        return placed
 
     def _weights(self, device: Device, dtype: str) -> dict[str, dict[str, Weights | Array]]:
         """Return the weights of each stage as the device wants them."""
@@ -200,15 +201,19 @@ class PlacedStage:
     stages: Sequence[Stage]
     arrays: dict[str, Array]
     cache: KVCache | None
-    meta: BatchMeta | None
+
+    def turn(self, inputs: Inputs) -> None:
+        """Take other inputs for the same stages and cache, and plan every stage for them."""
+        self.arrays = {n: self.device.from_host(x) for n, x in inputs.arrays.items()}
+        for stage in self.stages:
+            if inputs.meta is not None:
+                stage.plan(inputs.meta)
 
     def run(self, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """Plan and run each stage; what one gives the next may take."""
+        """Run each stage once; what one gives the next may take."""
         flowing: dict[str, Any] = dict(self.arrays)
         results: dict[str, Array] = {}
         for stage in self.stages:
-            if self.meta is not None:
-                stage.plan(self.meta)
             takes, gives = PORTS[stage.spec.kind]
             given = None if out is None else {n: out[n] for n in gives if n in out}
             results |= stage.run({n: flowing[n] for n in takes if n in flowing}, given)

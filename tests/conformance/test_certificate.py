@@ -11,12 +11,12 @@ from step3_hetero.conformance.certificate import (
     Certificate,
     certify,
     claimed_untested,
-    missing_text_ops,
     schema_text,
 )
 from step3_hetero.conformance.digests import digests
 from step3_hetero.conformance.exam import CaseResult, Finding
 from step3_hetero.conformance.sketch import distance, sketch_of
+from step3_hetero.conformance.text_layer import missing_text_ops
 from step3_hetero.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +57,22 @@ def test_a_backend_without_an_op_of_the_text_layer_is_told(cpu, monkeypatch):
         lambda self, info, spec: "none" if spec.op == "route" else claims(info, spec),
     )  # fmt: skip
     assert missing_text_ops(backend, device.info) == ["route"]
+
+
+@pytest.mark.parametrize(
+    ("refuses", "missing"),
+    [
+        (lambda spec: spec.dims.get("hidden", 0) > 4096, ["add", "embed", "experts"]),
+        (lambda spec: (spec.op, spec.dtype) in {("rope", "float32"), ("swiglu", "bfloat16")},
+         ["rope"]),
+    ],
+)  # fmt: skip
+def test_a_text_layer_needs_real_sizes_and_one_dtype_for_all(cpu, monkeypatch, refuses, missing):
+    backend, device = cpu
+    monkeypatch.setattr(
+        type(backend), "supports", lambda self, info, spec: "no" if refuses(spec) else None
+    )
+    assert missing_text_ops(backend, device.info) == missing
 
 
 def test_what_is_claimed_and_never_tried_is_listed(cpu):

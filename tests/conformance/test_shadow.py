@@ -140,7 +140,7 @@ def test_batches_and_long_contexts_are_checked_against_their_own_keys(engine_of,
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     for prompt in prompts:
         engine.submit(prompt, params)
-    while engine.scheduler.running or engine.scheduler.waiting:
+    while engine.lanes.lanes[0].scheduler.running or engine.lanes.waiting:
         engine.step()
     report = api.shadow_report(engine)
     assert (report["excesses"], report["worst"] <= 1) == (0, True)
