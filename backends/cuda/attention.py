@@ -125,7 +125,7 @@ class CudaCache(KVCache):
         return (self.k, self.v) if plain else (self.k, self.v, self.k_scale, self.v_scale)
 
     def read(self, blocks: Sequence[int]) -> tuple[HostArray, HostArray]:
-        """Return copies of whole blocks; FP8 and INT8 as the float32 numbers that they stand for."""
+        """Return copies of whole blocks; FP8 and INT8 as the float32 numbers they stand for."""
         chosen = torch.tensor(list(blocks), dtype=torch.long, device=self.device)
         return self._read(self.k, self.k_scale, chosen), self._read(self.v, self.v_scale, chosen)
 

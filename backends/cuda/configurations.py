@@ -116,9 +116,8 @@ def configuration(
 
 def write(path: Path, entries: Sequence[Configuration], measured: Mapping[str, Any]) -> None:
     """Write a table with what it was measured on, whole or not at all."""
-    text = json.dumps(
-        {"measured": dict(measured), "configurations": [e.as_json() for e in entries]}, indent=1
-    )
+    rows = ",\n  ".join(json.dumps(e.as_json()) for e in entries)
+    text = f'{{"measured": {json.dumps(dict(measured))},\n "configurations": [\n  {rows}\n]}}'
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)

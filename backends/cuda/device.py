@@ -1,4 +1,4 @@
-"""The device: torch tensors on a card, or on the host for the interpreter; kernels on one screen."""
+"""The device: torch tensors on a card, or on the host where it is interpreted; the kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from step3_hetero.backend import (
     Weights,
 )
 from step3_hetero.backends.cuda import attention, linear, moe, norm, rope, rows, sampling, vision
-from step3_hetero.backends.cuda.cards import COMPUTED, FP8_ARCH, STORED, WIRE, computed, described
+from step3_hetero.backends.cuda.cards import FP8_ARCH, STORED, WIRE, computed, described
 from step3_hetero.backends.cuda.copies import CopyEvent, pinned
 from step3_hetero.backends.cuda.stages import CudaAttention, CudaFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
@@ -122,7 +122,8 @@ class CudaDevice(Device):
         self.arch = _arch(place) if place.type == "cuda" else options["arch"]
         if options["fp8_activations"] and self.arch < FP8_ARCH:
             raise ConfigError(
-                f"backend 'cuda', option fp8_activations: refused on {info.description}; leave it out"
+                f"backend 'cuda', option fp8_activations: refused on {info.description}; "
+                "leave it out"
             )
         if place.type == "cuda":
             _keep_precision()

@@ -102,9 +102,7 @@ def _swiglu_quantise(both: Tensor) -> None:
     codes, scales = _new(tokens, n, dtype=torch.uint8), _new(tokens, n // 128)
     count, _ = tile(128)
     grid = (-(-tokens // count), n // 128)
-    launch(
-        row_kernels.swiglu_quantise, grid, both, codes, scales, tokens, n, E4M3=True, ROWS=count
-    )
+    launch(row_kernels.swiglu_quantise, grid, both, codes, scales, tokens, n, E4M3=True, ROWS=count)
 
 
 def _meta(queries: int, seqs: int, context: int) -> BatchMeta:

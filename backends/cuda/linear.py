@@ -62,7 +62,7 @@ class LinearWeights(Weights):
 
 
 def stays_fp8(tensors: Sequence[HostTensor], spec: OpSpec) -> bool:
-    """Say whether weights are multiplied as stored: block FP8, not to be rounded to another dtype."""
+    """Say whether weights are multiplied as stored: block FP8, not to be rounded to a dtype."""
     return spec.weight_format in (None, "auto") and all(t.scale_inv is not None for t in tensors)
 
 

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from step3_hetero.backends.cuda.kernels.numbers import CODES, PLAIN, decode_e4m3
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -18,7 +19,7 @@ def attend(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend for BLOCK_M (query, head) rows of one sequence and KV head, over one split of its keys.
+    """Attend for BLOCK_M (query, head) rows of one sequence and KV head, over a split of its keys.
 
     Shapes: q (tokens, kv_heads · GROUP, head_dim), tokens ``q_stride`` apart; keys, values (slots,
     kv_heads, head_dim), scales (slots, kv_heads); out as q, contiguous; with SPLIT instead partial

@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from step3_hetero.backends.cuda.kernels.numbers import CODES, PLAIN, decode_e4m3
+
+from step3_hetero.backends.cuda.kernels.numbers import CODES, decode_e4m3
 
 SCALE_BLOCK = tl.constexpr(128)
 """Rows and columns of a weight that share a scale; columns of an activation that do."""

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from step3_hetero.backends.cuda.kernels.numbers import (
     CODES,
     decode_e4m3,

@@ -1,0 +1,42 @@
+"""The suite on the cuda backend's kernels in Triton's interpreter, in this process.
+
+Left out here are sizes at which the interpreter takes a minute and more; ``make cuda-interpreted``
+runs them too.
+"""
+
+import pytest
+
+from step3_hetero.conformance.exam import examine
+from step3_hetero.conformance.suite import select
+from step3_hetero.conformance.whole_model import ModelCase
+
+TOO_SLOW = [
+    "!contexts=65536",
+    "!tokens=10000",
+    "!inter=18432",
+    "!n=7168",
+    "!hidden=7168",
+    "!experts=48,top_k=3,hidden",
+    "!contexts=128+700+261",
+    "!queries=40",
+]
+SLOW_BUT_TOLD = [
+    "attention queries=40 kv_heads=2",
+    "attention queries=40 padding=4",
+    "attention queries=40 large",
+    "head_dim=256 contexts=128+700+261 bfloat16",
+]
+CASES = [t for t in (*select(TOO_SLOW), *select(SLOW_BUT_TOLD)) if not isinstance(t, ModelCase)]
+
+
+@pytest.mark.parametrize("trial", CASES, ids=lambda trial: trial.id)
+def test_interpreted_kernels_keep_to_what_rounding_explains(trial, cuda):
+    result = examine(*cuda, trial)
+    said = "; ".join(f"{f.check}: {f.message}" for f in result.findings) or result.reason
+    assert result.status == "passed", said
+
+
+def test_every_op_is_tried_here():
+    from step3_hetero.ops import OPS
+
+    assert OPS.keys() <= {trial.op for trial in CASES}
