@@ -118,12 +118,15 @@ def _meta(queries: int, seqs: int, context: int) -> BatchMeta:
 
 def _attention(arch: int, said: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     formats = (said, "float8_e4m3fn", "int8") if dtype == torch.bfloat16 else (said,)
+    heads = (HEAD_DIM, 128, 64) if dtype == torch.bfloat16 else (HEAD_DIM,)
     for held in formats:
-        for head_dim in (HEAD_DIM, 128, 64):
+        for head_dim in heads:
             shape = (HEADS, head_dim)
             name = f"{said}, KV {held}, head {head_dim}"
             yield f"decode {name}", lambda a=(arch, dtype, held, *shape): _attend(*a, 1, DECODING)
-            yield f"prefill {name}", lambda a=(arch, dtype, held, *shape): _attend(*a, PROMPT, 4)
+        shape = (HEADS, HEAD_DIM)
+        name = f"{said}, KV {held}, head {HEAD_DIM}"
+        yield f"prefill {name}", lambda a=(arch, dtype, held, *shape): _attend(*a, PROMPT, 4)
 
 
 def _attend(
