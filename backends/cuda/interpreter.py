@@ -14,6 +14,8 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -58,12 +60,58 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: dict[s
             function(**given)
 
 
+@dataclass
+class Traffic:
+    """What kernels asked of memory and multiplied, counted over all their programs.
+
+    Accesses are (bytes of an element, addresses). ``flops`` are those of matrix products, two for
+    each term.
+    """
+
+    loads: list[tuple[int, Any]] = field(default_factory=list)
+    stores: list[tuple[int, Any]] = field(default_factory=list)
+    flops: int = 0
+
+    @property
+    def asked_bytes(self) -> int:
+        """Return the bytes of all loads and stores."""
+        return sum(size * len(places) for size, places in (*self.loads, *self.stores))
+
+    @property
+    def least_bytes(self) -> int:
+        """Return the bytes with each address read once and written once."""
+        return _once(self.loads) + _once(self.stores)
+
+
+def _once(accesses: list[tuple[int, Any]]) -> int:
+    by_size: dict[int, list[Any]] = {}
+    for size, places in accesses:
+        by_size.setdefault(size, []).append(places)
+    return sum(size * len(np.unique(np.concatenate(p))) for size, p in by_size.items())
+
+
+_TRAFFIC: ContextVar[Traffic | None] = ContextVar("traffic", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[Traffic]:
+    """Count the traffic of every kernel that is interpreted meanwhile."""
+    traffic = Traffic()
+    token = _TRAFFIC.set(traffic)
+    try:
+        yield traffic
+    finally:
+        _TRAFFIC.reset(token)
+
+
 @contextmanager
 def interpreting() -> Iterator[None]:
     """Let ``tl`` work on NumPy arrays, mended; compiling is impossible meanwhile."""
     scope = upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     builder = upstream.InterpreterBuilder
     scope.set_attr(builder, "create_dot", _dot)
+    scope.set_attr(builder, "create_masked_load", _noted(builder.create_masked_load, "loads", 1))
+    scope.set_attr(builder, "create_masked_store", _noted(builder.create_masked_store, "stores", 2))
     scope.set_attr(builder, "cast_impl", _cast)
     scope.set_attr(builder, "create_fp_to_fp", lambda self, src, to, _: _cast(self, src, to))
     scope.set_attr(builder, "binary_op", _binary(builder.binary_op))
@@ -95,6 +143,19 @@ def _floats(handle: TensorHandle) -> Any:
     return handle.data
 
 
+def _noted(access: Callable[..., Any], kind: str, mask: int) -> Callable[..., Any]:
+    """Return a load or a store that is noted where traffic is counted; ``mask`` is its argument."""
+
+    def noted(self: Any, ptrs: TensorHandle, *rest: Any) -> Any:
+        traffic = _TRAFFIC.get()
+        if traffic is not None:
+            size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+            getattr(traffic, kind).append((size, ptrs.data[rest[mask - 1].data].ravel()))
+        return access(self, ptrs, *rest)
+
+    return noted
+
+
 def _dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
     """Multiply what the operands mean, sums in the accumulator's dtype.
 
@@ -102,6 +163,8 @@ def _dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) 
     after another, each rounded once (products and sums of two float32 are near exact in float64).
     """
     left, right, total = _floats(a), _floats(b), d.data
+    if (traffic := _TRAFFIC.get()) is not None:
+        traffic.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
     if a.dtype.scalar != tl.float32 or d.dtype.scalar != tl.float32:
         return TensorHandle(np.matmul(left, right, dtype=total.dtype) + total, d.dtype.scalar)
     left, right = left.astype(np.float64), right.astype(np.float64)
