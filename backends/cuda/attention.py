@@ -23,6 +23,7 @@ from step3_hetero.backends.cuda.launch import arch_of, launch, tile
 from step3_hetero.backends.cuda.rope import angles
 from step3_hetero.backends.cuda.rows import FORMAT, as_bytes
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
+from step3_hetero.errors import UnsupportedOp
 from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
 
 KEYS_OF_A_SPLIT = 512
@@ -76,8 +77,11 @@ class CudaCache(KVCache):
     Scales, (slots, kv_heads) float32, are one for each token and KV head.
     """
 
-    def __init__(self, spec: CacheSpec, device: torch.device, arch: int) -> None:
+    def __init__(
+        self, spec: CacheSpec, device: torch.device, arch: int, *, checked: bool = False
+    ) -> None:
         self.spec = spec
+        self.checked = checked
         self.device = device
         self.arch = arch
         self.format = FORMAT.get(spec.dtype, numbers.PLAIN.value)
@@ -102,6 +106,7 @@ class CudaCache(KVCache):
         self, k: Tensor, v: Tensor, batch: Batch, cos: Tensor, sin: Tensor, *, rotate: bool
     ) -> None:
         head_dim = self.spec.head_dim
+        self.check(batch.meta)
         k, v = (x if x.stride(1) == head_dim and x.stride(2) == 1 else x.contiguous()
                 for x in (k, v))  # fmt: skip
         count, half = tile(head_dim // 2)
@@ -112,6 +117,25 @@ class CudaCache(KVCache):
             v.stride(0), HEAD_DIM=head_dim, HALF=half, ROTATE=rotate, FORMAT=self.format,
             ROWS=count,
         )  # fmt: skip
+
+    def check(self, meta: BatchMeta) -> None:
+        """Refuse slots and blocks that the cache does not have, if it was opened to look.
+
+        Raises:
+            UnsupportedOp: one is out of range; it would be memory of something else.
+        """
+        if not self.checked:
+            return
+        for name, values, end in (
+            ("slot", meta.slots, self.spec.blocks * LOGICAL_BLOCK),
+            ("block", meta.block_tables, self.spec.blocks),
+        ):
+            low = -1 if name == "slot" else 0
+            bad = values[(values < low) | (values >= end)]
+            if bad.size:
+                raise UnsupportedOp(
+                    f"{name} {bad[0]} is not in this cache: {low} to {end - 1} are allowed"
+                )
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy one block after another, scales along with their rows."""
@@ -141,6 +165,7 @@ class CudaCache(KVCache):
 def attention(q: Tensor, cache: CudaCache, batch: Batch, *, scale: float) -> Tensor:
     """See ``reference.attention.attention``."""
     tokens, heads, head_dim = q.shape
+    cache.check(batch.meta)
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
     new = torch.zeros if batch.padded else torch.empty

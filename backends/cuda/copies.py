@@ -6,6 +6,8 @@ Written for cards and never run on one.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from step3_hetero.backend import Event
-from step3_hetero.errors import TransportTimeout
+from step3_hetero.errors import PlacementError, TransportTimeout
 
 POLL_S = 20e-6
 """Between two looks at an event: a transfer of a layer's activations takes several times that."""
@@ -41,6 +43,23 @@ class CopyEvent(Event):
             if time.monotonic() > end:
                 raise TransportTimeout(f"a copy did not end within {deadline_s:g} s")
             time.sleep(POLL_S)
+
+
+@contextmanager
+def memory_for(what: str, place: torch.device) -> Iterator[None]:
+    """Say what a card was asked to hold when it cannot.
+
+    Raises:
+        PlacementError: the card's memory is full; with what was asked and what is free.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as full:
+        free, total = torch.cuda.mem_get_info(place)
+        raise PlacementError(
+            f"{place}: out of memory for {what}: {free:,} of {total:,} bytes free; give the role "
+            "fewer stages or kv_blocks, or more cards"
+        ) from full
 
 
 def pinned(nbytes: int, place: torch.device) -> npt.NDArray[np.uint8]:

@@ -27,7 +27,8 @@ from step3_hetero.backend import (
 )
 from step3_hetero.backends.cuda import attention, linear, moe, norm, rope, rows, sampling, vision
 from step3_hetero.backends.cuda.cards import FP8_ARCH, STORED, WIRE, computed, described
-from step3_hetero.backends.cuda.copies import CopyEvent, pinned
+from step3_hetero.backends.cuda.copies import CopyEvent, memory_for, pinned
+from step3_hetero.backends.cuda.graphs import DecodeBatch, GraphedStage
 from step3_hetero.backends.cuda.stages import CudaAttention, CudaFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
 from step3_hetero.composed import compose, invariant
@@ -120,6 +121,8 @@ class CudaDevice(Device):
         self.place = place
         self.options = options
         self.arch = _arch(place) if place.type == "cuda" else options["arch"]
+        if options["graphs"] and place.type != "cuda":
+            raise ConfigError("backend 'cuda', option graphs: needs a card, not the interpreter")
         if options["fp8_activations"] and self.arch < FP8_ARCH:
             raise ConfigError(
                 f"backend 'cuda', option fp8_activations: refused on {info.description}; "
@@ -128,6 +131,7 @@ class CudaDevice(Device):
         if place.type == "cuda":
             _keep_precision()
         self._batch: attention.Batch | None = None
+        self._decoding: dict[int, DecodeBatch] = {}
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
         """Copy, so that the caller's array and the device's are never one."""
@@ -156,6 +160,10 @@ class CudaDevice(Device):
 
     def prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
         """Cast, dequantise or keep the tensors as their op wants them."""
+        with memory_for(f"weights {', '.join(t.name for t in tensors.values())}", self.place):
+            return self._prepare(op, tensors, spec)
+
+    def _prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
         if op == "conv2d":
             return vision.prepare_conv(tensors, spec, self.place)
         if op == "embed":
@@ -169,7 +177,9 @@ class CudaDevice(Device):
 
     def open_cache(self, spec: CacheSpec) -> attention.CudaCache:
         """Return a zeroed cache."""
-        return attention.CudaCache(spec, self.place, self.arch)
+        checked = self.options["check_indices"]
+        with memory_for(f"a KV cache of {spec.nbytes:,} bytes ({spec})", self.place):
+            return attention.CudaCache(spec, self.place, self.arch, checked=checked)
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
@@ -185,11 +195,16 @@ class CudaDevice(Device):
         limits: Limits,
     ) -> Stage:
         """Build fused attention and FFN stages; the others are composed."""
+        stage: Stage
         if isinstance(spec, AttentionSpec) and isinstance(cache, attention.CudaCache):
-            return invariant(self, CudaAttention(self, spec, weights, cache))
-        if isinstance(spec, FfnSpec):
-            return invariant(self, CudaFfn(spec, weights))
-        return compose(self, spec, weights, cache, limits)
+            stage = CudaAttention(self, spec, weights, cache)
+        elif isinstance(spec, FfnSpec):
+            stage = CudaFfn(spec, weights)
+        else:
+            return compose(self, spec, weights, cache, limits)
+        if self.options["graphs"] and not spec.batch_invariant:
+            return GraphedStage(stage, limits, self.place, self._decoding)
+        return invariant(self, stage)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory, from which copies neither wait nor pass through another buffer."""
