@@ -56,9 +56,8 @@ def main(test: bool, path: Path | None) -> None:
         sys.exit(_certify())
     figures = {**_machine(), "kernels": list(_measured())}
     for line in figures["kernels"]:
-        click.echo(
-            f"{line['name']:<40} {line['s'] * 1e6:>9.1f} µs {line['fraction']:>7.1%} of bound"
-        )
+        took, share = f"{line['s'] * 1e6:.1f} µs", f"{line['fraction']:.1%} of bound"
+        click.echo(f"{line['name']:<44} {took:>12} {share:>16}")
     if path is not None:
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -43,7 +43,7 @@ Capture = Callable[[Callable[[], Named]], tuple[Replayable, Named]]
 
 def capture(work: Callable[[], Named]) -> tuple[Replayable, Named]:
     """Capture ``work`` on the current card and return the graph and the arrays that it fills."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor
 from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.cuda import attention, linear, moe, norm, rope, rows, vision
 from step3_hetero.backends.cuda.cards import FP8_ARCH
-from step3_hetero.backends.cuda.kernels import numbers
 from step3_hetero.backends.cuda.kernels import rows as row_kernels
 from step3_hetero.backends.cuda.launch import Launch, launch, recording, tile
 from step3_hetero.specs import CacheSpec
@@ -59,10 +60,10 @@ def _key(made: Launch) -> tuple[object, ...]:
     return kinds, tuple(sorted({**made.constants, **meta}.items()))
 
 
-Calls = Iterator[tuple[str, object]]
+Calls = Iterator[tuple[str, Callable[[], object]]]
 
 
-def _calls(arch: int):  # type: ignore[no-untyped-def]
+def _calls(arch: int) -> Calls:
     for dtype in (torch.bfloat16, torch.float32):
         said = str(dtype).removeprefix("torch.")
         yield from _rows(said, dtype)
@@ -75,7 +76,7 @@ def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _rows(said: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _rows(said: str, dtype: torch.dtype) -> Calls:
     x, weight = _new(DECODING, HIDDEN, dtype=dtype), _new(HIDDEN, dtype=dtype)
     low, narrow = _new(DECODING, 2048, dtype=dtype), _new(2048, dtype=dtype)
     q = _new(DECODING, HEADS, HEAD_DIM, dtype=dtype)
@@ -89,10 +90,10 @@ def _rows(said: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     yield f"swiglu {said}", lambda: moe.swiglu(both)
     for wire, held in (("float8_e4m3fn", torch.float8_e4m3fn), ("int8", torch.int8)):
         codes, scales = _new(DECODING, HIDDEN, dtype=held), _new(DECODING, HIDDEN // 128)
-        yield f"quantise {said} to {wire}", lambda wire=wire: rows.quantise(x, dtype=wire)
+        yield f"quantise {said} to {wire}", partial(rows.quantise, x, dtype=wire)
         yield (
             f"dequantise {wire} to {said}",
-            lambda codes=codes, scales=scales: rows.dequantise(codes, scales, dtype=said),
+            partial(rows.dequantise, codes, scales, dtype=said),
         )
     yield f"swiglu, quantise {said}", lambda: _swiglu_quantise(both)
 
@@ -116,21 +117,19 @@ def _meta(queries: int, seqs: int, context: int) -> BatchMeta:
     return BatchMeta(*(x.astype(np.int32) for x in arrays))
 
 
-def _attention(arch: int, said: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _attention(arch: int, said: str, dtype: torch.dtype) -> Calls:
     formats = (said, "float8_e4m3fn", "int8") if dtype == torch.bfloat16 else (said,)
     heads = (HEAD_DIM, 128, 64) if dtype == torch.bfloat16 else (HEAD_DIM,)
     for held in formats:
         for head_dim in heads:
-            shape = (HEADS, head_dim)
             name = f"{said}, KV {held}, head {head_dim}"
-            yield f"decode {name}", lambda a=(arch, dtype, held, *shape): _attend(*a, 1, DECODING)
-        shape = (HEADS, HEAD_DIM)
+            yield f"decode {name}", partial(_attend, arch, dtype, held, head_dim, 1, DECODING)
         name = f"{said}, KV {held}, head {HEAD_DIM}"
-        yield f"prefill {name}", lambda a=(arch, dtype, held, *shape): _attend(*a, PROMPT, 4)
+        yield f"prefill {name}", partial(_attend, arch, dtype, held, HEAD_DIM, PROMPT, 4)
 
 
 def _attend(
-    arch: int, dtype: torch.dtype, held: str, heads: int, head_dim: int, queries: int, seqs: int
+    arch: int, dtype: torch.dtype, held: str, head_dim: int, queries: int, seqs: int
 ) -> None:
     spec = CacheSpec(1, head_dim, seqs * CONTEXT // 128, held)
     cache = attention.CudaCache(spec, META, arch)
@@ -141,7 +140,7 @@ def _attend(
         cache.write_turned(k, k, batch, theta=THETA)
     else:
         cache.write(k, k, batch)
-    attention.attention(_new(tokens, heads, head_dim, dtype=dtype), cache, batch, scale=0.0625)
+    attention.attention(_new(tokens, HEADS, head_dim, dtype=dtype), cache, batch, scale=0.0625)
 
 
 def stack(arch: int, dtype: torch.dtype, held: str) -> moe.ExpertWeights:
@@ -150,6 +149,7 @@ def stack(arch: int, dtype: torch.dtype, held: str) -> moe.ExpertWeights:
         "gate": (EXPERTS, INTER, HIDDEN), "up": (EXPERTS, INTER, HIDDEN),
         "down": (EXPERTS, HIDDEN, INTER),
     }  # fmt: skip
+    parts: dict[str, Any]
     if held == "plain":
         parts = {n: _new(*shape, dtype=dtype) for n, shape in shapes.items()}
     else:
@@ -164,13 +164,13 @@ def stack(arch: int, dtype: torch.dtype, held: str) -> moe.ExpertWeights:
     )  # fmt: skip
 
 
-def _moe(arch: int, said: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _moe(arch: int, said: str, dtype: torch.dtype) -> Calls:
     logits = _new(DECODING, EXPERTS)
     if dtype == torch.float32:
         for renormalise in (False, True):
             yield (
                 f"route, renormalise {renormalise}",
-                lambda r=renormalise: moe.route(logits, top_k=TOP_K, renormalise=r),
+                partial(moe.route, logits, top_k=TOP_K, renormalise=renormalise),
             )
     formats = ["plain", "e4m3"]
     if arch >= FP8_ARCH and dtype == torch.bfloat16:
@@ -179,7 +179,7 @@ def _moe(arch: int, said: str, dtype: torch.dtype):  # type: ignore[no-untyped-d
         for tokens in (DECODING, 512, 4096) if dtype == torch.bfloat16 else (DECODING,):
             yield (
                 f"experts {said}, weights {held}, {tokens} tokens",
-                lambda t=tokens, h=held: _experts(arch, dtype, h, t),
+                partial(_experts, arch, dtype, held, tokens),
             )
     yield f"linear {said}, weights e4m3", lambda: _linear(arch, dtype)
 
@@ -196,7 +196,7 @@ def _linear(arch: int, dtype: torch.dtype) -> None:
     linear.linear(_new(DECODING, HIDDEN, dtype=dtype), weights)
 
 
-def _vision(said: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _vision(said: str, dtype: torch.dtype) -> Calls:
     width, heads = VISION_WIDTH, VISION_HEADS
     x = _new(VISION_TOKENS, width, dtype=dtype)
     weight = _new(width, dtype=dtype)
@@ -205,6 +205,3 @@ def _vision(said: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     yield f"layer_norm {said}", lambda: norm.layer_norm(x, weight, weight, eps=1e-6)
     yield f"self_attention {said}", lambda: attention.self_attention(q, q, q, scale=112**-0.5)
     yield f"quick_gelu {said}", lambda: vision.quick_gelu(inner)
-
-
-assert numbers.PLAIN.value == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from step3_hetero.backend import BatchMeta, Device, Stage
@@ -52,7 +53,7 @@ class CudaAttention(Stage):
     def _mfa(self, h: Tensor) -> Tensor:
         s, w, batch = self.spec, self.w, self.batch
         assert batch is not None, "plan comes before run"
-        low, k, v = linear(h, w["qkv"]).split(s.widths, -1)
+        low, k, v = torch.split(linear(h, w["qkv"]), list(s.widths), -1)
         q = linear(rms_norm(low, w["inter_norm"], eps=s.eps), w["wq"])
         q = rotate(q.view(-1, s.heads, s.head_dim), *batch.angles(s.head_dim, s.theta, q.dtype))
         k, v = (x.view(-1, s.kv_heads, s.head_dim) for x in (k, v))

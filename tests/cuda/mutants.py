@@ -64,7 +64,7 @@ class Mutant:
 MUTANTS = (
     Mutant("a query sees the next key", "attention", "number[None, :] < seen[:, None]",
            "number[None, :] <= seen[:, None]", attention(PROMPT)),
-    Mutant("sums are not rescaled", "attention", "v, total * shrink[:, None]", "v, total",
+    Mutant("sums are not rescaled", "attention", "folded(total * shrink[:, None]", "folded(total",
            attention(ONE)),
     Mutant("the next block is read", "attention", "first // PAGE)", "(first + 64) // PAGE)",
            attention(ONE)),
@@ -74,7 +74,7 @@ MUTANTS = (
            "tl.minimum(low + share + 1, last)", attention(LONG)),
     Mutant("sums of splits in another base", "attention", "top + tl.log(weight)",
            "top + tl.log2(weight)", attention(LONG)),
-    Mutant("splits weigh alike", "attention", "share = tl.exp2((known - safe) * LOG2_E)",
+    Mutant("splits weigh alike", "attention", "share = exponential(known - safe, True)",
            "share = tl.where(known > -float('inf'), 1.0, 0.0)", attention(LONG)),
     Mutant("every head reads KV head 0", "attention", "* kv_heads + kv_head\n", "* kv_heads\n",
            attention(PROMPT, kv_heads=2)),

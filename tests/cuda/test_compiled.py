@@ -11,7 +11,7 @@ from bench.gpu_compiled import ARCHS, TABLE, as_text, differences
 from step3_hetero.backends.cuda import attention, compiling, moe
 from step3_hetero.backends.cuda.cards import SHARED_BYTES
 from step3_hetero.backends.cuda.configurations import configuration, table
-from step3_hetero.backends.cuda.jobs import DECODING, HEAD_DIM, HEADS, Job, _attend, jobs, stack
+from step3_hetero.backends.cuda.jobs import DECODING, HEAD_DIM, Job, _attend, jobs, stack
 from step3_hetero.backends.cuda.launch import recording
 
 ARCH = 90
@@ -26,7 +26,7 @@ def decode(monkeypatch, **changed):
     seeded = replace(real, blocks=tuple(blocks.items()), **rest)
     monkeypatch.setattr(attention, "attend_configuration", lambda cache, dtype: seeded)
     with recording(ARCH) as launches:
-        _attend(ARCH, torch.bfloat16, "bfloat16", HEADS, HEAD_DIM, 1, DECODING)
+        _attend(ARCH, torch.bfloat16, "bfloat16", HEAD_DIM, 1, DECODING)
     return Job("decode", ARCH, next(m for m in launches if m.kernel.fn.__name__ == "attend"))
 
 
@@ -71,7 +71,6 @@ NEVER_AT_STEP3_SIZES = {
     ("rms_norm", "any", 32768),
     ("layer_norm", "any", 8192),
     ("layer_norm", "any", 32768),
-    ("attend", "float32", 64),
     ("attend_image", "bfloat16", 64),
     ("attend_image", "bfloat16", 256),
 }
@@ -84,8 +83,8 @@ def test_every_kernel_is_compiled_for_both_archs():
     from step3_hetero.backends.cuda.kernels import moe as m
 
     helpers = {
-        "weigh", "as_rows", "add_product", "gated", "store_run", "turned", "store_halves",
-        "decode_e4m3", "encode_e4m3", "nearest_integer",
+        "weigh", "folded", "exponential", "as_rows", "add_product", "gated", "store_run",
+        "turned", "store_halves", "decode_e4m3", "encode_e4m3", "nearest_integer",
     }  # fmt: skip
     kernels = {
         name

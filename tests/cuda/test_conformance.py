@@ -19,12 +19,16 @@ TOO_SLOW = [
     "!experts=48,top_k=3,hidden",
     "!contexts=128+700+261",
     "!queries=40",
+    "!layer[",
+    "!stored=float8_e4m3fn,float32",
+    "!images=2,side=24",
+    "!vocab=128815",
 ]
 SLOW_BUT_TOLD = [
-    "attention queries=40 kv_heads=2",
-    "attention queries=40 padding=4",
-    "attention queries=40 large",
+    "attention queries=40 kv_heads=2 bfloat16",
+    "attention queries=40 large float32",
     "head_dim=256 contexts=128+700+261 bfloat16",
+    "layer[ layer=1 bfloat16",
 ]
 CASES = [t for t in (*select(TOO_SLOW), *select(SLOW_BUT_TOLD)) if not isinstance(t, ModelCase)]
 

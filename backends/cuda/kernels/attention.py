@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from step3_hetero.backends.cuda.kernels.numbers import CODES, PLAIN, decode_e4m3
+from step3_hetero.backends.cuda.kernels.numbers import CODES, PLAIN, decode_e4m3, nearest_integer
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -70,11 +70,11 @@ def attend(
         scores = tl.where(number[None, :] < seen[:, None], scores, -float("inf"))
         scores = tl.where(there[None, :], scores, -float("inf"))
         v = tl.load(values + offset, mask=there[:, None] & wanted[None, :], other=0)
-        p, top, weight, shrink = weigh(scores, top, weight)
+        p, top, weight, shrink = weigh(scores, top, weight, rows.dtype == tl.float32)
         if FORMAT != PLAIN:
             p = p * tl.load(value_scales + place, mask=there, other=0.0)[None, :]
         v = as_rows(v, rows.dtype, FORMAT)
-        total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
+        total = folded(total * shrink[:, None], p.to(v.dtype), v)
 
     result = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
     at = token.to(tl.int64) * (kv_heads * GROUP) + head
@@ -90,7 +90,7 @@ def attend(
 
 
 @triton.jit
-def weigh(scores, top, weight):
+def weigh(scores, top, weight, PRECISE: tl.constexpr):
     """Fold one tile of scores into a running softmax.
 
     Differences are taken before the change to base 2: the product of a large score with log2(e)
@@ -101,9 +101,37 @@ def weigh(scores, top, weight):
     """
     higher = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(higher == -float("inf"), 0.0, higher)
-    p = tl.exp2((scores - safe[:, None]) * LOG2_E)
-    shrink = tl.exp2((top - safe) * LOG2_E)
+    p = exponential(scores - safe[:, None], PRECISE)
+    shrink = exponential(top - safe, PRECISE)
     return p, higher, weight * shrink + tl.sum(p, 1), shrink
+
+
+@triton.jit
+def folded(total, p, v):
+    """Return total + p · v. In float32 each tile is summed by itself: one long chain of additions
+    would round ten times more."""
+    if v.dtype == tl.float32:
+        return total + tl.dot(p, v, input_precision="ieee")
+    else:
+        return tl.dot(p, v, total)
+
+
+@triton.jit
+def exponential(x, PRECISE: tl.constexpr):
+    """Return e to the power of x, at most zero; PRECISE, to the last bits of float32.
+
+    A card raises 2 to a power. The product with log2(e) loses what x has too many bits for: enough
+    to be seen beside a reference in float32, nothing beside bfloat16. PRECISE takes whole powers of
+    two out first; ln(2) is subtracted in two parts, the first so short that its multiples are exact
+    (Cody & Waite 1980).
+    """
+    if PRECISE:
+        x = tl.maximum(x, -1000.0)  # e^-1000 is zero, and minus infinity has no remainder
+        whole = nearest_integer(x * LOG2_E)
+        rest = (x - whole * 0.693359375) + whole * 2.12194440e-4
+        return tl.exp2(whole) * tl.exp2(rest * LOG2_E)
+    else:
+        return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -137,7 +165,7 @@ def combine(
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for split in tl.range(0, splits):
         known = tl.load(lse + split * rows + row, mask=there, other=-float("inf"))
-        share = tl.exp2((known - safe) * LOG2_E)
+        share = exponential(known - safe, True)
         at = partial + (split * rows + row)[:, None] * HEAD_DIM + column
         used = (share > 0.0)[:, None] & (column < HEAD_DIM)
         total += tl.load(at, mask=used, other=0.0) * share[:, None]
@@ -176,10 +204,10 @@ def attend_image(
         keys = tl.load(k + offset, mask=there[None, :] & wanted[:, None], other=0.0)
         scores = tl.dot(rows, keys, input_precision="ieee") * scale
         scores = tl.where(there[None, :], scores, -float("inf"))
-        p, top, weight, shrink = weigh(scores, top, weight)
+        p, top, weight, shrink = weigh(scores, top, weight, rows.dtype == tl.float32)
         offset = place[:, None] + column[None, :]
         values = tl.load(v + offset, mask=there[:, None] & wanted[None, :], other=0.0)
-        total = tl.dot(p.to(values.dtype), values, total * shrink[:, None], input_precision="ieee")
+        total = folded(total * shrink[:, None], p.to(values.dtype), values)
     result = total / weight[:, None]
     at = (image * tokens + row) * (heads * HEAD_DIM) + head * HEAD_DIM
     target = out + at[:, None] + column[None, :]

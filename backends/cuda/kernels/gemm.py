@@ -92,4 +92,7 @@ def add_product(total, x, factor, b, mask, scale, FORMAT: tl.constexpr, QUANTISE
         return total + tl.dot(x, w, input_precision="ieee") * tl.load(scale)
     else:
         w = tl.load(b, mask=mask, other=0.0).to(x.dtype)
-        return tl.dot(x, w, total, input_precision="ieee")
+        if x.dtype == tl.float32:  # tile by tile: one long chain of additions would round more
+            return total + tl.dot(x, w, input_precision="ieee")
+        else:
+            return tl.dot(x, w, total)
