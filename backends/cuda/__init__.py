@@ -5,9 +5,10 @@ Compiled for both and run in Triton's interpreter; never run on a card. See docs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from step3_hetero.backend import NO_OPTIONS, Backend, Device, DeviceInfo, check_options
@@ -85,6 +86,18 @@ class CudaBackend(Backend):
     def reference_info(self, card: str | None) -> DeviceInfo:
         """Describe a card by its catalogue name; without one, an H800."""
         return describe(card or "h800")
+
+    def tune(self, path: Path, progress: Callable[[str], None]) -> None:
+        """Time the kernels on this machine's card and write the quickest configurations.
+
+        Raises:
+            PlacementError: there is no card here.
+        """
+        if reason := self.why_unavailable():
+            raise PlacementError(f"backend cuda: {reason}; tuning times kernels on one")
+        from step3_hetero.backends.cuda.tuning import tune
+
+        tune(path, progress)
 
     def version(self) -> str:
         """Return the versions of torch and Triton."""

@@ -162,8 +162,15 @@ class CudaCache(KVCache):
         return to_host((codes.float() * scales[..., None]).cpu())
 
 
-def attention(q: Tensor, cache: CudaCache, batch: Batch, *, scale: float) -> Tensor:
-    """See ``reference.attention.attention``."""
+def attention(
+    q: Tensor,
+    cache: CudaCache,
+    batch: Batch,
+    *,
+    scale: float,
+    chosen: Configuration | None = None,
+) -> Tensor:
+    """See ``reference.attention.attention``. ``chosen`` stands in for the table's configuration."""
     tokens, heads, head_dim = q.shape
     cache.check(batch.meta)
     if q.stride(2) != 1 or q.stride(1) != head_dim:
@@ -172,7 +179,7 @@ def attention(q: Tensor, cache: CudaCache, batch: Batch, *, scale: float) -> Ten
     out = new((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if batch.meta.seqs == 0:
         return out.zero_()
-    chosen = attend_configuration(cache, q.dtype)
+    chosen = chosen or attend_configuration(cache, q.dtype)
     seqs, first_rows = batch.tiles(heads // cache.spec.kv_heads, chosen.block("BLOCK_M"))
     splits = splits_of(len(seqs) * cache.spec.kv_heads, batch.longest, cache.arch)
     partial, lse = out, out

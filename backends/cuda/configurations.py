@@ -1,8 +1,8 @@
 """Block sizes, warps and stages of each kernel by card, dtype and size: a table, no tuning at run.
 
 The table beside this file was chosen so that every entry compiles without spilling; none was timed
-on a card. ``step3-hetero tune --backend cuda`` writes another, which the option ``configurations``
-or the variable STEP3_HETERO_CUDA_CONFIGURATIONS names.
+on a card. ``step3-hetero tune --backend cuda`` writes another, which the environment variable
+STEP3_HETERO_CUDA_CONFIGURATIONS names.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _swiglu_quantise(both: Tensor) -> None:
     launch(row_kernels.swiglu_quantise, grid, both, codes, scales, tokens, n, E4M3=True, ROWS=count)
 
 
-def _meta(queries: int, seqs: int, context: int) -> BatchMeta:
+def decoding(queries: int, seqs: int, context: int) -> BatchMeta:
     """Return a batch whose every sequence adds ``queries`` tokens to reach ``context``."""
     blocks = -(-context // 128)
     positions = np.tile(np.arange(context - queries, context), seqs)
@@ -133,7 +133,7 @@ def _attend(
 ) -> None:
     spec = CacheSpec(1, head_dim, seqs * CONTEXT // 128, held)
     cache = attention.CudaCache(spec, META, arch)
-    batch = attention.Batch(_meta(queries, seqs, CONTEXT), META)
+    batch = attention.Batch(decoding(queries, seqs, CONTEXT), META)
     tokens = queries * seqs
     k = _new(tokens, 1, head_dim, dtype=dtype)
     if queries == 1:

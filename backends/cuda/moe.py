@@ -119,15 +119,23 @@ def prepare_experts(
     )  # fmt: skip
 
 
-def experts(u: Tensor, weights: Tensor, ids: Tensor, stack: ExpertWeights) -> Tensor:
-    """See ``reference.moe.experts``."""
+def experts(
+    u: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    stack: ExpertWeights,
+    *,
+    chosen: Configuration | None = None,
+) -> Tensor:
+    """See ``reference.moe.experts``. ``chosen`` stands in for the table's configuration."""
     tokens, hidden = u.shape
     top_k = ids.shape[1]
     out = torch.empty((tokens, hidden), dtype=u.dtype, device=u.device)
     if tokens == 0:
         return out
     slots = tokens * top_k
-    chosen = gemm_configuration(stack.arch, u.dtype, stack.held, triton.cdiv(slots, stack.experts))
+    rows_each = triton.cdiv(slots, stack.experts)
+    chosen = chosen or gemm_configuration(stack.arch, u.dtype, stack.held, rows_each)
     ids, weights = ids.contiguous(), weights.contiguous()
     rows, tile_expert = by_expert(ids, stack.experts, chosen)
     given, scale = _operand(u.contiguous(), stack)
