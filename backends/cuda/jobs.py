@@ -30,6 +30,9 @@ DECODING, CONTEXT = 64, 8192
 
 PROMPT = 512
 
+FEW = 4
+"""Sequences whose keys are split, on either card."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -46,9 +49,14 @@ def jobs(arch: int) -> list[Job]:
     for name, call in _calls(arch):
         with recording(arch) as launches:
             call()
-        found += [Job(f"{name}: {made.kernel.fn.__name__}", arch, made) for made in launches]
+        found += [Job(f"{name}: {_called(made)}", arch, made) for made in launches]
     unique = {(j.launch.kernel.fn.__name__, _key(j.launch)): j for j in reversed(found)}
     return list(reversed(unique.values()))
+
+
+def _called(made: Launch) -> str:
+    """Return a kernel's name, and that it is the gated one of two."""
+    return made.kernel.fn.__name__ + (", gated" if made.constants.get("GATED") else "")
 
 
 def _key(made: Launch) -> tuple[object, ...]:
@@ -123,7 +131,7 @@ def _attention(arch: int, said: str, dtype: torch.dtype) -> Calls:
     for held in formats:
         for head_dim in heads:
             name = f"{said}, KV {held}, head {head_dim}"
-            yield f"decode {name}", partial(_attend, arch, dtype, held, head_dim, 1, DECODING)
+            yield f"decode {name}", partial(_attend, arch, dtype, held, head_dim, 1, FEW)
         name = f"{said}, KV {held}, head {HEAD_DIM}"
         yield f"prefill {name}", partial(_attend, arch, dtype, held, HEAD_DIM, PROMPT, 4)
 

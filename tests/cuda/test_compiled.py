@@ -47,7 +47,7 @@ def test_seeded_spill_fails(monkeypatch):
 
 
 def test_seeded_overflow_of_shared_memory_fails(monkeypatch):
-    faults = said(decode(monkeypatch, num_stages=4))
+    faults = said(decode(monkeypatch, BLOCK_N=128, num_stages=3))
     assert any("bytes of shared memory, the card has 232448" in s for s in faults)
 
 
