@@ -125,3 +125,13 @@ def test_memory_for_the_host_is_writable_and_of_the_size_asked(device):
     buffer = device.host_buffer(1000)
     buffer[:] = 7
     assert (buffer.dtype, buffer.shape, int(buffer.sum())) == (np.uint8, (1000,), 7000)
+
+
+def test_examples_hold():
+    import doctest
+
+    from step3_hetero.backends.cuda import attention, launch
+
+    for module in (attention, launch):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed

@@ -30,7 +30,15 @@ SLOW_BUT_TOLD = [
     "head_dim=256 contexts=128+700+261 bfloat16",
     "layer[ layer=1 bfloat16",
 ]
-CASES = [t for t in (*select(TOO_SLOW), *select(SLOW_BUT_TOLD)) if not isinstance(t, ModelCase)]
+
+
+def is_quick(trial):
+    """Say whether a case is tried here: stages in float32 alone, where a defect shows best."""
+    both = trial.op.endswith("_stage") and trial.dtype == "bfloat16" and "stored" not in trial.id
+    return not isinstance(trial, ModelCase) and not both
+
+
+CASES = [t for t in (*select(TOO_SLOW), *select(SLOW_BUT_TOLD)) if is_quick(t)]
 
 
 @pytest.mark.parametrize("trial", CASES, ids=lambda trial: trial.id)
