@@ -63,8 +63,8 @@ def step_seconds(
     for edge in placement.crossing():
         profile = _profile(placement, profiles, edge.source)
         total += at(profile.crossing, batch, 1) * len(edge.tensors)
-    engine = _profile(placement, profiles, "head")
-    return total + at(engine.step_s, batch, 1)
+    head = _profile(placement, profiles, "head")
+    return total + at(head.choose, batch, 1) + at(head.step_s, batch, 1)
 
 
 def _profile(placement: Placement, profiles: Mapping[str, Profile], stage: str) -> Profile:

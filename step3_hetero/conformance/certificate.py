@@ -99,6 +99,7 @@ class Certificate(_Record):
     date: str
     machine: str
     python: str
+    numpy: str
     scope: Literal["quick", "full", "selected"]
     digests: dict[str, str]
     text_layer: bool
@@ -164,6 +165,7 @@ def certify(
         date=datetime.now(UTC).date().isoformat(),
         machine=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
+        numpy=_numpy(),
         scope=scope,
         digests=digests(backend),
         text_layer=not missing,
@@ -217,6 +219,15 @@ def _record(result: CaseResult) -> CaseRecord:
 
 def _rounded(x: float) -> float:
     return float(f"{x:.4g}")
+
+
+def _numpy() -> str:
+    """Return the versions of NumPy and of its BLAS, which judge by the reference."""
+    import numpy as np
+
+    built = np.show_config(mode="dicts")
+    blas = built.get("Build Dependencies", {}).get("blas", {}) if isinstance(built, dict) else {}
+    return f"{np.__version__} ({blas.get('name', 'BLAS')} {blas.get('version', 'unknown')})"
 
 
 def _package(backend: Backend) -> str:

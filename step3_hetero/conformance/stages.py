@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from step3_hetero.conformance.routing import RouteSpy, near_ties
 from step3_hetero.conformance.trial import Expected, judge_run, reference
 from step3_hetero.graph import GraphStage
 from step3_hetero.runtime.loader import stage_weights
-from step3_hetero.specs import AttentionSpec, HostArray, Limits, OpSpec
+from step3_hetero.specs import AttentionSpec, HostArray, HostTensor, Limits, OpSpec
 
 PADDING = 5
 """Rows added to a batch when a stage is tried with padding."""
@@ -151,12 +151,23 @@ class StageCase:
         placed.turn(inputs)
         return placed
 
+    def tensors(self) -> Iterator[HostTensor]:
+        """Yield every checkpoint tensor that the stages are made of."""
+        source = self._source()
+        for node in self.nodes(self.dtype):
+            for param in node.params:
+                yield from (source.tensor(name) for name in param.tensors.values())
+
+    def _source(self) -> Drawn:
+        drawn = (self.model, self.dtype, self.stored)
+        found: Drawn = DRAWN.get(None, drawn, lambda: Drawn(*drawn))
+        return found
+
     def _weights(self, device: Device, dtype: str) -> dict[str, dict[str, Weights | Array]]:
         """Return the weights of each stage as the device wants them."""
-        drawn = (self.model, self.dtype, self.stored)
-        source = DRAWN.get(None, drawn, lambda: Drawn(*drawn))
+        source = self._source()
         nodes = self.nodes(dtype)
-        key = (drawn, tuple(n.name for n in nodes), dtype)
+        key = (self.model, self.dtype, self.stored, tuple(n.name for n in nodes), dtype)
         made: dict[str, dict[str, Weights | Array]] = PREPARED.get(
             device, key, lambda: {n.name: stage_weights(device, n, source, "auto") for n in nodes}
         )

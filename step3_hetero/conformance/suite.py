@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step3_hetero.backend import Backend, Device, DeviceInfo
@@ -135,20 +136,29 @@ class Workers:
 
     def examine(self, chosen: Iterable[AnyCase]) -> Iterator[CaseResult]:
         """Yield one result a case, in order."""
-        waiting = [(trial, self._schedule(trial)) for trial in chosen]
+        return self._each(_examine, chosen)
+
+    def verify(self, file: Path, chosen: Iterable[AnyCase]) -> Iterator[CaseResult]:
+        """Yield one result for each recorded case of a vector file, in order."""
+        return self._each(_verify, chosen, file)
+
+    def _each(
+        self, function: Callable[..., CaseResult], chosen: Iterable[AnyCase], *more: Any
+    ) -> Iterator[CaseResult]:
+        def schedule(trial: AnyCase) -> Any:
+            arguments = [self._target, trial.id, *more]
+            return self._pool.schedule(function, args=arguments, timeout=self._deadline_s)
+
+        waiting = [(trial, schedule(trial)) for trial in chosen]
         for trial, future in waiting:
             result = self._outcome(future)
             while result == _died(TAINTED):  # the case was never begun
-                result = self._outcome(self._schedule(trial))
+                result = self._outcome(schedule(trial))
             yield result if isinstance(result, CaseResult) else _lost(trial, result)
 
     def stop(self) -> None:
         """End the processes without waiting for their cases."""
         self._pool.stop()  # type: ignore[no-untyped-call]  # pebble leaves it without
-
-    def _schedule(self, trial: AnyCase) -> Any:
-        arguments = [self._target, trial.id]
-        return self._pool.schedule(_examine, args=arguments, timeout=self._deadline_s)
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._outcome(
@@ -245,17 +255,34 @@ def _describe(target: Target) -> DeviceInfo | str:
 
 
 def _examine(target: Target, case: str) -> CaseResult:
+    def work(backend: Backend, device: Device, trial: AnyCase) -> CaseResult:
+        if isinstance(trial, ModelCase):
+            return trial.examine(backend, device)
+        return examine(backend, device, trial)
+
+    return _guarded(target, case, work)
+
+
+def _verify(target: Target, case: str, file: Path) -> CaseResult:
+    from step3_hetero.conformance import vectors
+
+    def work(backend: Backend, device: Device, trial: AnyCase) -> CaseResult:
+        return vectors.verify(backend, device, case, vectors.read_cases(file)[case])
+
+    return _guarded(target, case, work)
+
+
+def _guarded(
+    target: Target, case: str, work: Callable[[Backend, Device, AnyCase], CaseResult]
+) -> CaseResult:
+    """Do the work on one case and return plain data, whatever a vendor's code raises."""
     global _tainted  # it is the process that is tainted
     if _tainted:
         os._exit(TAINTED)
     trial = trials()[case]
     try:
-        backend, device = _opened(target)
-        if isinstance(trial, ModelCase):
-            result = trial.examine(backend, device)
-        else:
-            result = examine(backend, device, trial)
-    except BaseException as error:  # a vendor's code may raise anything
+        result = work(*_opened(target), trial)
+    except BaseException as error:
         findings = (Finding(RUNS, described(error)),)
         result = CaseResult(
             trial.id, trial.op, trial.dtype, "failed", findings, float("inf"), reason=""

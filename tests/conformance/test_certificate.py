@@ -1,6 +1,7 @@
 """What a certificate says, and the page made from certificates."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,13 +100,19 @@ def test_what_is_no_certificate_is_refused(content, tmp_path):
         Certificate.read(tmp_path / "c.json")
 
 
+def test_a_certificate_names_the_libraries_that_judged(cpu):
+    backend, device = cpu
+    said = certify(backend, device.info, [], "full").numpy
+    assert re.fullmatch(r"[0-9.]+ \(\S+ [0-9.]+\)", said)
+
+
 def test_digest_follows_every_file_of_the_backend(cpu, tmp_path, monkeypatch):
     backend, _ = cpu
     before = digests(backend)
     other = tmp_path / "cpu"
     other.mkdir()
     (other / "moe.py").write_text("x = 1\n")
-    monkeypatch.setattr("step3_hetero.conformance.digests._folders", lambda _: [other])
+    monkeypatch.setattr("step3_hetero.conformance.digests._origins", lambda _: [other])
     first = digests(backend)
     (other / "moe.py").write_text("x = 2\n")
     second = digests(backend)
@@ -121,7 +128,7 @@ def test_page_says_when_the_code_has_changed_since(cpu):
     old = good.model_copy(update={"digests": {**good.digests, "ops": "0"}, "date": "2026-01-01"})
     assert ops_page.standing(old) == "passed at 2026-01-01, changed since: ops"
     gone = good.model_copy(update={"backend": "none"})
-    assert "not installed here" in ops_page.standing(gone)
+    assert "its code is not in this repository" in ops_page.standing(gone)
 
 
 def test_page_shows_worst_figure_failure_gap_and_what_is_not_claimed(cpu):

@@ -83,11 +83,8 @@ class Doubled:
 
 def spoil(engine, stage):
     """Plant a defect in one stage of a running engine."""
-    stages = engine.executor._stages
-    bad = replace(stages[stage], stage=Doubled(stages[stage].stage))
-    stages[stage] = bad
-    order = engine.executor._order
-    order[[s.node.name for s in order].index(stage)] = bad
+    stages = engine.executor._program._stages
+    stages[stage] = replace(stages[stage], stage=Doubled(stages[stage].stage))
 
 
 def steps_until_report(engine, most):
