@@ -56,7 +56,8 @@ def jobs(arch: int) -> list[Job]:
 
 def _called(made: Launch) -> str:
     """Return a kernel's name, and that it is the gated one of two."""
-    return made.kernel.fn.__name__ + (", gated" if made.constants.get("GATED") else "")
+    name: str = made.kernel.fn.__name__
+    return f"{name}, gated" if made.constants.get("GATED") else name
 
 
 def _key(made: Launch) -> tuple[object, ...]:

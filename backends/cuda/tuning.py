@@ -101,9 +101,10 @@ def _timer(entry: Configuration, arch: int) -> Timer:
 def _median_s(work: Callable[[], Any]) -> float:
     for _ in range(2):
         work()
-    times = []
+    times: list[float] = []
+    clock: Any = torch.cuda.Event
     for _ in range(RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (clock(enable_timing=True) for _ in range(2))
         start.record(torch.cuda.current_stream())
         work()
         end.record(torch.cuda.current_stream())

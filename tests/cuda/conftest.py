@@ -1,11 +1,14 @@
 """The cuda backend in Triton's interpreter: its code path without a card."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
 from step3_hetero.registry import get_backend
 
-pytest.importorskip("triton", reason="triton is not installed; make setup brings it")
+if find_spec("triton") is None:  # Triton is for Linux alone; make setup brings it there
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """What the cuda backend says of itself and of what it cannot do, without a card."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,9 @@ def test_examples_hold():
     for module in (attention, launch):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed
+
+
+def test_importing_the_backend_loads_no_vendor_library():
+    code = "import sys, step3_hetero.backends.cuda; print(*{'torch', 'triton'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
