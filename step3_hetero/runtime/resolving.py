@@ -194,7 +194,7 @@ def open_devices(
 
 def _open(config: Config, role: RolePlan) -> Device:
     """Open a role's device; whatever the backend refuses is told with its line of the config."""
-    if reason := role.backend.why_unavailable():
+    if (reason := role.backend.why_unavailable()) and not role.options:  # an option may bring one
         key, name = f"roles.{role.name}.backend", role.backend.name
         raise PlacementError(f"{config.where(key)}: {key}: {name!r} has no device here: {reason}")
     try:
