@@ -35,7 +35,7 @@ def sample(
 
 def _draw(wide: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """Return the drawn id of each row. Shapes: wide (rows, vocab), the others (rows,)."""
-    p, order = wide.softmax(-1).sort(-1, descending=True, stable=True)
+    p, order = wide.softmax(-1).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(p.shape[1], device=p.device)
     limit = torch.where(top_k > 0, top_k, p.shape[1]).clamp(max=p.shape[1])
     p = torch.where(rank < limit[:, None], p, 0.0)

@@ -28,7 +28,8 @@ def check(spec: OpSpec) -> None:
 
 
 def _attention(spec: OpSpec) -> None:
-    heads, kv_heads = spec.dims.get("heads", 1), spec.dims.get("kv_heads", 1)
+    kv_heads = spec.dims.get("kv_heads", 1)
+    heads = spec.dims.get("heads", kv_heads)
     if spec.kv_format not in (None, spec.dtype):
         raise limits.LimitExceeded("KV dtype", spec.kv_format, spec.dtype, "this backend",
                                    "leave runtime.kv_dtype at auto")  # fmt: skip

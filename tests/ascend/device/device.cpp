@@ -5,6 +5,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/Resize.h>
+#include <ATen/ops/_reshape_alias_cpu_dispatch.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -142,6 +143,10 @@ at::Tensor as_strided(const at::Tensor& t, c10::SymIntArrayRef size, c10::SymInt
 at::Tensor view(const at::Tensor& t, c10::SymIntArrayRef size) {
   return at::cpu::view_symint(t, size);
 }
+at::Tensor reshape_alias(const at::Tensor& t, c10::SymIntArrayRef size,
+                         c10::SymIntArrayRef stride) {
+  return at::cpu::_reshape_alias_symint(t, size, stride);
+}
 at::Tensor& set_storage(at::Tensor& t, at::Storage s, int64_t offset, c10::IntArrayRef size,
                         c10::IntArrayRef stride) {
   return at::cpu::set_(t, s, offset, size, stride);
@@ -242,8 +247,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_local_scalar_dense", local_scalar);
   m.impl("as_strided", as_strided);
   m.impl("view", view);
+  m.impl("_reshape_alias", reshape_alias);
   m.impl("resize_", resize);
   m.impl("set_.source_Storage_storage_offset", set_storage);
+  // torch would take this one apart; the vendor has it whole.
+  m.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());

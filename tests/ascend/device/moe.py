@@ -32,7 +32,7 @@ def gating_top_k(
     require(op, 1 <= k <= x.shape[1], f"k {k} of {x.shape[1]}")
     require(op, renorm == 0 and norm_type == 0, f"renorm {renorm}, norm_type {norm_type}")
     p = x.float().softmax(-1)
-    y, ids = p.sort(-1, descending=True, stable=True)
+    y, ids = p.sort(dim=-1, descending=True, stable=True)
     norm = p if out_flag else torch.zeros_like(p)
     return y[:, :k].to(x.dtype).contiguous(), ids[:, :k].int().contiguous(), norm
 
