@@ -25,7 +25,10 @@ from .checks import (
 
 
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """x / rms(x) · gamma, and 1 / rms(x)."""
+    """x / rms(x), rounded, times gamma, rounded again; and 1 / rms(x).
+
+    The documents name no rounding; CANN's published bfloat16 kernels of this family round twice.
+    """
     op = "npu_rms_norm"
     require_some(op, x=x)
     require_dtype(op, "x", x, REAL)
@@ -34,7 +37,7 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, T
     require(op, gamma.shape == x.shape[-1:], f"gamma {gamma.shape} for rows of {x.shape[-1]}")
     wide = x.float()
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return (wide * rstd * gamma.float()).to(x.dtype), rstd
+    return (wide * rstd).to(x.dtype) * gamma, rstd
 
 
 def add_rms_norm(
