@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -146,7 +146,7 @@ class AscendDevice(Device):
 
     def prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
         """Write the tensors to the device for their op, requantised where they are FP8."""
-        made = {
+        made: Mapping[str, Callable[..., Weights]] = {
             "conv2d": self._prepare_conv,
             "embed": partial(linear.prepare_table, device=self.device),
             "experts": partial(moe.prepare_experts, device=self.device),
@@ -155,7 +155,7 @@ class AscendDevice(Device):
         if op not in made:
             raise UnsupportedOp(f"ascend prepares {', '.join(sorted(made))}; asked for {op!r}")
         limits.weights(spec.weight_format, spec.dtype, op)
-        weights: Weights = made[op](tensors, spec)
+        weights = made[op](tensors, spec)
         entries = getattr(weights, "manifest", ())
         self.manifest += [e for e in entries if e.tensor.scale_inv is not None]
         return weights

@@ -38,10 +38,13 @@ def why_unavailable() -> str | None:
     return None if count() else "torch_npu finds no device; npu-smi info lists those of the machine"
 
 
-@cache
 def library() -> str:
     """Register the ``npu`` device with torch, once; return what it is."""
-    named = stand_in()
+    return _loaded(stand_in())
+
+
+@cache
+def _loaded(named: str | None) -> str:
     if named is None:
         import_module("torch_npu")
         return "torch_npu"

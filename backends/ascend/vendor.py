@@ -55,8 +55,8 @@ def fused_attention(
     limits.head_ratio(heads, kv_heads)
     limits.head_dim(head_dim)
     if queries > 1:
-        given = (None, None) if mask is None else (tuple(mask.shape), dtype_name(mask))
-        limits.mask(*given, sparse_mode)
+        shape = None if mask is None else tuple(mask.shape)
+        limits.mask(shape, None if mask is None else dtype_name(mask), sparse_mode)
     if block_table is not None:
         limits.block_size(block_size, queries)
         limits.kv_lengths(kv_lengths, seqs, queries)
@@ -195,7 +195,7 @@ def grouped_product(
     limits.groups(stack.shape[0], dtype_name(counts))
     limits.inner_axis("npu_grouped_matmul", max(x.shape[1], stack.shape[2]))
     quantised = scale is not None
-    (out,) = _npu().npu_grouped_matmul(
+    found = _npu().npu_grouped_matmul(
         [x],
         [stack],
         scale=[scale] if quantised else None,
@@ -206,6 +206,7 @@ def grouped_product(
         group_list_type=1,
         output_dtype=torch.bfloat16 if quantised else None,
     )
+    out: Tensor = found[0]
     return out
 
 
