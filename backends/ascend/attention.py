@@ -45,7 +45,6 @@ class Batch:
     """A batch as the kernels here take it, built once and shared by all layers."""
 
     def __init__(self, meta: BatchMeta, device: torch.device, split_tokens: int = 0) -> None:
-        limits.positions(int(meta.positions.max(initial=0)))
         self.meta = meta
         self.device = device
         self.split_tokens = split_tokens
@@ -67,6 +66,7 @@ class Batch:
         """Return the rotary cosines and sines of the batch's positions."""
         key = (head_dim, theta, dtype)
         if key not in self._angles:
+            limits.positions(int(self.meta.positions.max(initial=0)))
             self._angles[key] = looked_up(self.positions, *key)
         return self._angles[key]
 

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.ascend import cards, driver
@@ -126,7 +127,7 @@ def test_queries_that_are_not_the_last_of_their_context_are_refused(device):
 
 def test_position_beyond_the_table_is_refused(device):
     with pytest.raises(UnsupportedOp, match="positions: 65,536 refused"):
-        device.batch(meta([65536], 65537))
+        device.batch(meta([65536], 65537)).angles(16, 1e4, torch.bfloat16)
 
 
 def test_pinned_copies_arrive(device):

@@ -200,7 +200,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string base = name.substr(name.find("::") + 2);
   TORCH_CHECK(name.rfind("aten::", 0) == 0 && (allowed.empty() || allowed.count(base)),
               name, ": torch_npu lists no NPU kernel of this name");
-  used.insert(base);
+  const std::string overload = schema.operator_name().overload_name;
+  used.insert(overload.empty() ? base : base + "." + overload);
   const auto count = schema.arguments().size();
   const std::vector<c10::IValue> given(stack->end() - count, stack->end());
   torch::jit::drop(*stack, count);

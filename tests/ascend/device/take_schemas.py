@@ -63,8 +63,10 @@ def taken(wheel: Path) -> dict[str, Any]:
 
 
 def _signatures(listed: dict[str, Any], section: str) -> list[str]:
+    """Return a section's signatures; ``self`` is registered as ``input`` in the vendor's library."""
     entries = listed.get(section) or []
-    return [e["func"] if isinstance(e, dict) else e for e in entries]
+    found = [e["func"] if isinstance(e, dict) else e for e in entries]
+    return [re.sub(r"\bself\b", "input", signature) for signature in found]
 
 
 def _name(signature: str) -> str:
