@@ -63,7 +63,7 @@ def taken(wheel: Path) -> dict[str, Any]:
 
 
 def _signatures(listed: dict[str, Any], section: str) -> list[str]:
-    """Return a section's signatures; ``self`` is registered as ``input`` in the vendor's library."""
+    """Return a section's signatures; its library registers ``self`` as ``input``."""
     entries = listed.get(section) or []
     found = [e["func"] if isinstance(e, dict) else e for e in entries]
     return [re.sub(r"\bself\b", "input", signature) for signature in found]
