@@ -20,10 +20,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --qui
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: help demo test lint types wheel-test conformance bench setup clean \
-  cuda-gate cuda-interpreted test-gpu bench-gpu
+  cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-t2 ascend-t3 test-npu
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.run ## a tiny Step-3 reads digits, its attention on one backend and its FFN on another
 	@$(BIN)/python examples/digits_demo.py
@@ -62,6 +62,20 @@ test-gpu: $(VENV)/.dev ## certify cuda in full on the card of this machine; with
 
 bench-gpu: $(VENV)/.dev ## time the CUDA kernels on the card of this machine; without one, say so
 	@$(BIN)/python -m bench.gpu
+
+test-ascend: $(VENV)/.dev ## the Ascend backend on a stand-in device (tier 1)
+	@$(BIN)/python -m pytest tests/ascend
+
+ascend-t2: $(VENV)/.dev ## its calls against the real torch_npu, without a card (tier 2)
+	@$(BIN)/python tests/ascend/t2/run.py
+
+ascend-t3: ## its Triton kernels through the vendor's compiler (tier 3): there are none yet
+	@echo "tier 3: not run: the backend has no Triton kernel of its own yet (docs/ascend.md)"
+
+test-npu: ## on a machine with a 910B: certify it and write ascend.certificate.json (tier 4)
+	@$(PYTHON) -c 'import torch_npu' || { echo "torch_npu does not import: see docs/ascend.md" >&2; exit 1; }
+	@$(PYTHON) -m step3_hetero.cli conformance run --backend ascend --full \
+	  --json ascend.certificate.json
 
 setup: $(VENV)/.dev ## only set up .venv
 

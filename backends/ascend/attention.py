@@ -1,0 +1,284 @@
+"""Attention over a paged cache. See ``reference.attention``.
+
+bfloat16 goes through the vendor's fused operator, decoding sequences in one call, each prompt in
+one of its own. float32, which that operator does not take, is composed of products and softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step3_hetero.backend import BatchMeta, KVCache
+from step3_hetero.backends.ascend import limits, vendor
+from step3_hetero.backends.ascend.rope import looked_up
+from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host
+from step3_hetero.errors import UnsupportedOp
+from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
+
+SCORES_AT_ONCE = 1 << 28
+"""Scores of one pass of the composed attention: 1 GiB in float32."""
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """Sequences that one call attends: many with one query each, or one with several.
+
+    Shapes: rows (seqs · queries,), table (seqs, blocks) int32. ``parts`` is how many pieces each
+    context is cut into.
+    """
+
+    rows: Tensor | slice
+    table: Tensor
+    contexts: list[int]
+    queries: int
+    parts: int
+
+
+class Batch:
+    """A batch as the kernels here take it, built once and shared by all layers."""
+
+    def __init__(self, meta: BatchMeta, device: torch.device, split_tokens: int = 0) -> None:
+        self.meta = meta
+        self.device = device
+        self.split_tokens = split_tokens
+        self.positions = torch.from_numpy(meta.positions).to(device)
+        kept = np.flatnonzero(meta.slots >= 0)
+        self.writes = len(kept)
+        whole = len(kept) == meta.tokens
+        self.kept = None if whole else torch.from_numpy(kept.astype(np.int32)).to(device)
+        self.slots = torch.from_numpy(meta.slots if whole else meta.slots[kept]).to(device)
+        self.padded = int(meta.query_starts[-1]) < meta.tokens
+        self._angles: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Return what is attended together."""
+        return _groups(self.meta, self.device, self.split_tokens)
+
+    def angles(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the rotary cosines and sines of the batch's positions."""
+        key = (head_dim, theta, dtype)
+        if key not in self._angles:
+            limits.positions(int(self.meta.positions.max(initial=0)))
+            self._angles[key] = looked_up(self.positions, *key)
+        return self._angles[key]
+
+
+def _groups(meta: BatchMeta, device: torch.device, split: int) -> list[Group]:
+    lengths = np.diff(meta.query_starts)
+    _check_last(meta, lengths)
+    groups = [
+        _group(meta, np.array([s]), device, int(lengths[s]), 1) for s in np.flatnonzero(lengths > 1)
+    ]
+    single = np.flatnonzero(lengths == 1)
+    parts = -(-meta.context_lens[single] // split) if split else np.ones(len(single), int)
+    groups += [_group(meta, single[parts == n], device, 1, int(n)) for n in np.unique(parts)]
+    return groups
+
+
+def _check_last(meta: BatchMeta, lengths: HostArray) -> None:
+    """Refuse queries that are not the last tokens of their context: the mask could not say so."""
+    for s in np.flatnonzero(lengths > 0):
+        rows = slice(int(meta.query_starts[s]), int(meta.query_starts[s + 1]))
+        wanted = np.arange(meta.context_lens[s] - lengths[s], meta.context_lens[s])
+        if not np.array_equal(meta.positions[rows], wanted):
+            raise UnsupportedOp(
+                f"sequence {s} of a batch: positions {meta.positions[rows].tolist()} refused; "
+                f"allowed: the last {lengths[s]} of its {meta.context_lens[s]} tokens"
+            )
+
+
+def _group(
+    meta: BatchMeta, seqs: HostArray, device: torch.device, queries: int, parts: int
+) -> Group:
+    starts = meta.query_starts[seqs]
+    rows = (starts[:, None] + np.arange(queries)).ravel().astype(np.int32)
+    contexts = [int(n) for n in meta.context_lens[seqs]]
+    table = meta.block_tables[seqs, : -(-max(contexts) // LOGICAL_BLOCK)]
+    together = len(rows) == rows[-1] - rows[0] + 1
+    return Group(
+        slice(int(rows[0]), int(rows[-1]) + 1) if together else torch.from_numpy(rows).to(device),
+        torch.from_numpy(np.ascontiguousarray(table)).to(device),
+        contexts,
+        queries,
+        parts,
+    )
+
+
+class AscendCache(KVCache):
+    """Keys and values (blocks, 128, kv_heads, head_dim), bfloat16 heads padded to 16 columns."""
+
+    def __init__(self, spec: CacheSpec, device: torch.device) -> None:
+        self.spec = spec
+        fused = spec.dtype == "bfloat16"
+        self.columns = limits.padded_head_dim(spec.head_dim) if fused else spec.head_dim
+        if fused and spec.kv_heads > 1:
+            limits.flat_cache(spec.kv_heads, self.columns)
+        shape = (spec.blocks, LOGICAL_BLOCK, spec.kv_heads, self.columns)
+        self.k = torch.zeros(shape, dtype=TORCH_DTYPE[spec.dtype], device=device)
+        self.v = torch.zeros_like(self.k)
+        self.nbytes = self.k.nbytes + self.v.nbytes
+
+    def write(self, k: Tensor, v: Tensor, batch: Batch) -> None:
+        """Store each row at its slot."""
+        if batch.writes == 0:
+            return
+        if batch.kept is not None:
+            k, v = k.index_select(0, batch.kept), v.index_select(0, batch.kept)
+        k, v = widened(k, self.columns), widened(v, self.columns)
+        vendor.write_cache(k.contiguous(), v.contiguous(), self.k, self.v, batch.slots)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy one block after another."""
+        for source, target in pairs:
+            for stored in (self.k, self.v):
+                stored[target].copy_(stored[source])
+
+    def read(self, blocks: Sequence[int]) -> tuple[HostArray, HostArray]:
+        """Return copies of whole blocks, without the padding."""
+        chosen = torch.tensor(list(blocks), dtype=torch.int32).to(self.k.device)
+        k, v = (
+            to_host(stored.index_select(0, chosen).cpu()[..., : self.spec.head_dim])
+            for stored in (self.k, self.v)
+        )
+        return k, v
+
+    def paged(self, stored: Tensor) -> Tensor:
+        """Return keys or values as ``vendor.fused_attention`` reads them."""
+        blocks, block, kv_heads, columns = stored.shape
+        if kv_heads == 1:
+            return stored.view(blocks, 1, block, columns)
+        return stored.view(blocks, block, kv_heads * columns)
+
+    def gather(self, stored: Tensor, table: Tensor, length: int) -> Tensor:
+        """Return a sequence's first keys or values. Shapes: table (blocks,) -> (kv, length, d)."""
+        found = stored.index_select(0, table).flatten(0, 1)[:length]
+        return found.transpose(0, 1)
+
+
+def widened(x: Tensor, columns: int) -> Tensor:
+    """Return ``x`` with zeros added to its last axis."""
+    return F.pad(x, (0, columns - x.shape[-1])) if x.shape[-1] < columns else x
+
+
+@lru_cache(maxsize=4)
+def causal_mask(device: torch.device) -> Tensor:
+    """Return the compressed causal mask: true where a key is hidden."""
+    side = limits.MASK_SIDE
+    return torch.ones(side, side, dtype=torch.bool).triu(1).to(device)
+
+
+def attention(q: Tensor, cache: AscendCache, batch: Batch, *, scale: float) -> Tensor:
+    """See ``reference.attention.attention``."""
+    out = torch.zeros_like(q) if batch.padded or not batch.groups else torch.empty_like(q)
+    attend = _fused if q.dtype == torch.bfloat16 else _composed
+    for group in batch.groups:
+        out[group.rows] = attend(q[group.rows], cache, group, scale, batch.split_tokens)
+    return out
+
+
+def _fused(q: Tensor, cache: AscendCache, group: Group, scale: float, split: int) -> Tensor:
+    """Attend for one group by the vendor's operator. Shapes: q (rows, heads, d) -> the same."""
+    rows, heads, head_dim = q.shape
+    seqs, queries = len(group.contexts), group.queries
+    wide = widened(q, cache.columns).view(seqs, queries, heads, -1)
+    wide = wide.transpose(1, 2).contiguous()  # (seqs, heads, queries, columns)
+    if group.parts > 1:
+        out = _in_parts(wide, cache, group, scale, split)
+    else:
+        out = _part(wide, cache, group, scale, group.table, group.contexts)[0]
+    return out.transpose(1, 2).reshape(rows, heads, -1)[..., :head_dim]
+
+
+def _part(
+    q: Tensor,
+    cache: AscendCache,
+    group: Group,
+    scale: float,
+    table: Tensor,
+    contexts: list[int],
+    *,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    several = group.queries > 1
+    return vendor.fused_attention(
+        q,
+        cache.paged(cache.k),
+        cache.paged(cache.v),
+        kv_heads=cache.spec.kv_heads,
+        scale=scale,
+        mask=causal_mask(q.device) if several else None,
+        sparse_mode=3 if several else 0,
+        block_table=table,
+        block_size=LOGICAL_BLOCK,
+        kv_lengths=contexts,
+        lse=lse,
+    )
+
+
+def _in_parts(q: Tensor, cache: AscendCache, group: Group, scale: float, split: int) -> Tensor:
+    """Attend to each piece of the contexts and merge. Shapes: q (seqs, heads, 1, d) -> the same."""
+    outs, sums = [], []
+    for part in range(group.parts):
+        blocks = slice(part * split // LOGICAL_BLOCK, (part + 1) * split // LOGICAL_BLOCK)
+        contexts = [min(split, n - part * split) for n in group.contexts]
+        table = group.table[:, blocks].contiguous()
+        out, lse = _part(q, cache, group, scale, table, contexts, lse=True)
+        outs.append(out.view(-1, q.shape[-1]))
+        sums.append(lse.view(-1))
+    return vendor.merge_parts(sums, outs).view(q.shape)
+
+
+def _composed(q: Tensor, cache: AscendCache, group: Group, scale: float, _: int) -> Tensor:
+    """Attend sequence by sequence. Shapes: q (rows, heads, d) -> the same."""
+    parts = []
+    for s, context in enumerate(group.contexts):
+        used = group.table[s, : -(-context // LOGICAL_BLOCK)]
+        k, v = (cache.gather(stored, used, context) for stored in (cache.k, cache.v))
+        rows = q[s * group.queries : (s + 1) * group.queries]
+        step = max(1, SCORES_AT_ONCE // (q.shape[1] * context))
+        for start in range(0, group.queries, step):
+            first = context - group.queries + start
+            parts.append(softmax_sum(rows[start : start + step], k, v, scale, first))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def softmax_sum(q: Tensor, k: Tensor, v: Tensor, scale: float, first: int | None) -> Tensor:
+    """Return softmax(scale · q·kᵀ)·v, the queries standing at ``first`` and on; None sees all.
+
+    Shapes: q (queries, heads, d), k, v (kv_heads, keys, d) -> q's.
+    """
+    queries, heads, head_dim = q.shape
+    kv_heads, keys, _ = k.shape
+    rows = q.view(queries, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    rows = rows.reshape(kv_heads, -1, head_dim)  # (kv_heads, group · queries, d)
+    scores = torch.bmm(rows, k.transpose(1, 2)) * scale
+    if first is not None and first + 1 < keys:
+        places = torch.arange(first, first + queries, device=q.device)
+        hidden = torch.arange(keys, device=q.device) > places[:, None]  # (queries, keys)
+        scores = scores.view(kv_heads, -1, queries, keys).masked_fill(hidden, -torch.inf)
+        scores = scores.view(kv_heads, -1, keys)
+    out = torch.bmm(scores.softmax(-1), v).view(kv_heads, -1, queries, head_dim)
+    return out.permute(2, 0, 1, 3).reshape(queries, heads, head_dim)
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """See ``reference.attention.self_attention``."""
+    images, _, heads, head_dim = q.shape
+    if q.dtype == torch.bfloat16:
+        columns = limits.padded_head_dim(head_dim)
+        wide = [widened(x, columns).transpose(1, 2).contiguous() for x in (q, k, v)]
+        out = vendor.fused_attention(*wide, kv_heads=heads, scale=scale)[0]
+        return out.transpose(1, 2)[..., :head_dim].contiguous()
+    rows = [
+        softmax_sum(q[i], k[i].transpose(0, 1), v[i].transpose(0, 1), scale, None)
+        for i in range(images)
+    ]
+    return torch.stack(rows)

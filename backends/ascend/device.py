@@ -1,0 +1,211 @@
+"""The device: tensors in NPU memory, and the kernels on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from step3_hetero.backend import (
+    Array,
+    BatchMeta,
+    Device,
+    DeviceInfo,
+    Event,
+    Kernel,
+    KVCache,
+    Memory,
+    Stage,
+    Weights,
+)
+from step3_hetero.backends.ascend import (
+    attention,
+    driver,
+    limits,
+    linear,
+    moe,
+    norm,
+    rope,
+    rows,
+    sampling,
+    vision,
+)
+from step3_hetero.backends.ascend.requantise import Requantised
+from step3_hetero.backends.ascend.stages import AscendAttention, AscendFfn
+from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
+from step3_hetero.backends.torch_common.weights import dense
+from step3_hetero.composed import compose, invariant
+from step3_hetero.errors import TransportTimeout, UnsupportedOp
+from step3_hetero.specs import (
+    AttentionSpec,
+    CacheSpec,
+    FfnSpec,
+    HostArray,
+    HostTensor,
+    Limits,
+    OpSpec,
+    StageSpec,
+)
+
+KERNELS: Mapping[str, Kernel] = {
+    "add": norm.add,
+    "attention": attention.attention,
+    "cast": rows.cast,
+    "concat": rows.concat,
+    "conv2d": vision.conv2d,
+    "dequantise": rows.dequantise,
+    "embed": linear.embed,
+    "experts": moe.experts,
+    "layer_norm": norm.layer_norm,
+    "linear": linear.linear,
+    "merge_rows": rows.merge_rows,
+    "quantise": rows.quantise,
+    "quick_gelu": vision.quick_gelu,
+    "resize": vision.resize,
+    "rms_norm": norm.rms_norm,
+    "rope": rope.rope,
+    "route": moe.route,
+    "sample": sampling.sample,
+    "select_rows": rows.select_rows,
+    "self_attention": attention.self_attention,
+    "swiglu": moe.swiglu,
+}
+
+POLL_S = 0.0002
+"""Pause between two looks at an event that has a deadline."""
+
+
+class NpuEvent(Event):
+    """The point that the device's queue had reached when this was made."""
+
+    def __init__(self) -> None:
+        self._event = driver.module().Event()
+        self._event.record()
+
+    def wait(self, deadline_s: float | None = None) -> None:
+        """Block until the device has passed the point."""
+        if deadline_s is None:
+            self._event.synchronize()
+            return
+        end = time.monotonic() + deadline_s
+        while not self._event.query():
+            if time.monotonic() > end:
+                raise TransportTimeout(f"the NPU did not reach a copy's end in {deadline_s:g} s")
+            time.sleep(POLL_S)
+
+
+class AscendDevice(Device):
+    """One NPU. Kernels are queued; ``to_host`` and events wait.
+
+    ``kv_split`` cuts the contexts of decoding sequences into parts of that many tokens; ``nz``
+    holds matrices in the cube unit's own format. ``manifest`` lists every tensor that was
+    requantised on its way here.
+    """
+
+    kernels = KERNELS
+
+    def __init__(
+        self, info: DeviceInfo, index: int, *, kv_split: int = 0, nz: bool = False
+    ) -> None:
+        self.info = info
+        self.index = index
+        self.kv_split = kv_split
+        self.nz = nz
+        self.manifest: list[Requantised] = []
+        driver.module().set_device(index)
+        driver.exact_products()
+        self.device = torch.device("npu", index)
+        self._batch: attention.Batch | None = None
+
+    def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
+        """Copy to the device."""
+        return to_torch(x).to(TORCH_DTYPE[dtype or x.dtype.name]).to(self.device)
+
+    def to_host(self, x: Tensor) -> HostArray:
+        """Wait and copy back."""
+        return to_host(x.cpu())
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """Return an uninitialised tensor."""
+        return torch.empty(shape, dtype=TORCH_DTYPE[dtype], device=self.device)
+
+    def owns(self, x: Any) -> bool:
+        """Say whether x is a tensor in this NPU's memory."""
+        return isinstance(x, Tensor) and x.device == self.device
+
+    def memory(self) -> Memory:
+        """Return the NPU's memory."""
+        free, total = driver.memory(self.index)
+        return Memory(total, free)
+
+    def prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
+        """Write the tensors to the device for their op, requantised where they are FP8."""
+        made: Mapping[str, Callable[..., Weights]] = {
+            "conv2d": self._prepare_conv,
+            "embed": partial(linear.prepare_table, device=self.device),
+            "experts": partial(moe.prepare_experts, device=self.device),
+            "linear": partial(linear.prepare_linear, device=self.device, nz=self.nz),
+        }
+        if op not in made:
+            raise UnsupportedOp(f"ascend prepares {', '.join(sorted(made))}; asked for {op!r}")
+        limits.weights(spec.weight_format, spec.dtype, op)
+        weights = made[op](tensors, spec)
+        entries = getattr(weights, "manifest", ())
+        self.manifest += [e for e in entries if e.tensor.scale_inv is not None]
+        return weights
+
+    def _prepare_conv(self, tensors: Mapping[str, HostTensor], spec: OpSpec) -> vision.ConvWeights:
+        kernel, bias = (
+            dense(tensors[n], TORCH_DTYPE[spec.dtype]).to(self.device) if n in tensors else None
+            for n in ("weight", "bias")
+        )
+        assert kernel is not None
+        nbytes = kernel.nbytes + (0 if bias is None else bias.nbytes)
+        return vision.ConvWeights(kernel, bias, tensors, spec.dtype, nbytes)
+
+    def open_cache(self, spec: CacheSpec) -> attention.AscendCache:
+        """Return a zeroed cache."""
+        return attention.AscendCache(spec, self.device)
+
+    def batch(self, meta: BatchMeta) -> attention.Batch:
+        """Return the batch as tensors, made once for all layers."""
+        if self._batch is None or self._batch.meta is not meta:
+            self._batch = attention.Batch(meta, self.device, self.kv_split)
+        return self._batch
+
+    def build(
+        self,
+        spec: StageSpec,
+        weights: Mapping[str, Weights | Array],
+        cache: KVCache | None,
+        limits: Limits,
+    ) -> Stage:
+        """Build fused attention and FFN stages; the others are composed."""
+        if isinstance(spec, AttentionSpec) and isinstance(cache, attention.AscendCache):
+            return invariant(self, AscendAttention(self, spec, weights, cache))
+        if isinstance(spec, FfnSpec):
+            return invariant(self, AscendFfn(spec, weights))
+        return compose(self, spec, weights, cache, limits)
+
+    def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return pinned memory."""
+        pinned: npt.NDArray[np.uint8] = torch.empty(
+            nbytes, dtype=torch.uint8, pin_memory=True
+        ).numpy()
+        return pinned
+
+    def copy_in(self, host: HostArray, out: Tensor) -> Event:
+        """Queue a copy to the device; pinned memory is read while the host goes on."""
+        out.copy_(to_torch(host), non_blocking=True)
+        return NpuEvent()
+
+    def copy_out(self, x: Tensor, host: HostArray) -> Event:
+        """Queue a copy to the host."""
+        to_torch(host).copy_(x, non_blocking=True)
+        return NpuEvent()
