@@ -28,8 +28,8 @@ help: ## this list
 demo: $(VENV)/.run ## a tiny Step-3 reads digits, its attention on one backend and its FFN on another
 	@$(BIN)/python examples/digits_demo.py
 
-test: $(VENV)/.dev ## the whole test suite; PYTEST_ARGS="-k config" for a part
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.dev ## the whole test suite, a worker for each core; PYTEST_ARGS="-k config" for a part
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -22,6 +22,8 @@ APART = {"runtime__processes": "per-role"}
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
+
 
 def requests(count):
     """Return questions about digits, every other one sampled."""
