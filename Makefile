@@ -7,6 +7,8 @@ SHELL := /bin/bash
 
 # The release that the figures in the documentation were measured with; TORCH=2.14.1 tries another.
 TORCH ?= 2.13.0
+# The Triton that this torch pins; its kernels are compiled and interpreted without a card.
+TRITON ?= 3.7.1
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BACKEND ?= cpu
@@ -18,7 +20,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --qui
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: help demo test lint types wheel-test conformance bench setup clean \
-  test-ascend ascend-t2 ascend-t3 test-npu
+  test-ascend ascend-t2 ascend-t3 test-npu \
+  cuda-gate cuda-interpreted test-gpu bench-gpu
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -61,6 +64,20 @@ test-npu: ## on a machine with a 910B: certify it and write ascend.certificate.j
 	@$(PYTHON) -m step3_hetero.cli conformance run --backend ascend --full \
 	  --json ascend.certificate.json
 
+cuda-gate: $(VENV)/.dev ## compile every CUDA kernel for sm_80 and sm_90, without a card
+	@$(BIN)/python -m bench.gpu_compiled
+
+cuda-interpreted: $(VENV)/.dev ## certify the CUDA kernels in Triton's interpreter, some ten minutes
+	@$(BIN)/step3-hetero conformance run --backend cuda --option interpret=true \
+	  --workers $(WORKERS) --json docs/certificates/cuda-interpreted.certificate.json
+	@$(BIN)/python -m step3_hetero.conformance.ops_page
+
+test-gpu: $(VENV)/.dev ## certify cuda in full on the card of this machine; without one, say so
+	@$(BIN)/python -m bench.gpu --test
+
+bench-gpu: $(VENV)/.dev ## time the CUDA kernels on the card of this machine; without one, say so
+	@$(BIN)/python -m bench.gpu
+
 setup: $(VENV)/.dev ## only set up .venv
 
 clean: ## remove .venv and everything built
@@ -94,4 +111,5 @@ $(VENV)/.run: pyproject.toml $(VENV)/.torch-$(TORCH)
 $(VENV)/.dev: pyproject.toml $(VENV)/.run
 	@echo "installing what tests and checks need"
 	@$(PIP) install --editable '.[cpu,plan,dev]'
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) install --no-deps "triton==$(TRITON)"
 	@touch $@

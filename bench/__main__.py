@@ -11,7 +11,10 @@ BENCHES = {
     "decode": "decode speed beside vLLM's CPU build (here without it)",
     "agreement": "log-probabilities beside vLLM's; not run here: bench/setup_vllm.sh first",
     "memory": "resident memory after loading",
+    "transport": "round trips of an A2F and an F2A, beside pyzmq and a pipe",
+    "afd": "decode speed with attention and FFN in processes of their own, beside colocated",
     "startup": "time of step3-hetero --help",
+    "planner": "planning time from 64 to a million cards; --generate: predicted beside measured",
 }
 """Each bench and what it measures; ``python -m bench.NAME --help`` says more."""
 

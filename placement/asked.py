@@ -26,8 +26,11 @@ MOST_TPOT_MS = 1e6
 MOST_DEMAND = 1e12
 MOST_GBIT = 1e5
 MOST_NICS = 64
+MOST_GBYTES = 1e4
 
-EXCLUSIONS = ("vendors", "dtype", "rack")
+EXCLUSIONS = ("vendors", "dtype", "rack", "attention", "ffn")
+COLOCATED = "colocated"
+"""The exclusion that names nothing: no plan that does not split."""
 DTYPES = ("fp8", "int8", "bf16")
 
 
@@ -53,6 +56,7 @@ class Asked:
         objective: Objective = "usd",
         host_nic_gbit: float | None = None,
         host_nics_per_server: int | None = None,
+        pcie_gbytes: float | None = None,
         exclude: Sequence[str] = (),
         profiles: Sequence[str] = (),
         catalogues: Sequence[str] = (),
@@ -68,6 +72,7 @@ class Asked:
         _within("--demand", demand, 1e-6, MOST_DEMAND, "tokens per second")
         _within("--host-nic-gbit", host_nic_gbit, 1e-3, MOST_GBIT, "Gb/s")
         _within("--host-nics-per-server", host_nics_per_server, 1, MOST_NICS, "NICs")
+        _within("--pcie-gbytes", pcie_gbytes, 1e-3, MOST_GBYTES, "GB/s each way")
         if objective == "tokens" and demand is not None:
             raise PlacementError("--demand says how many tokens; --objective tokens asks for most")
         workload, layers = read_model(model)
@@ -84,7 +89,9 @@ class Asked:
         else:
             found = parse_pools(pools, catalogue)
         found = [
-            replace(p, card=with_host_nics(p.card, host_nic_gbit, host_nics_per_server))
+            replace(
+                p, card=with_host_nics(p.card, host_nic_gbit, host_nics_per_server, pcie_gbytes)
+            )
             for p in found
         ]
         for file in profiles:
@@ -94,7 +101,7 @@ class Asked:
                 pool.card.price()
         problem = Problem(
             workload, tuple(found), context, wires_of(found, excluded["vendors"]),
-            frozenset(excluded["dtype"]),
+            frozenset(excluded["dtype"]), _excluded_roles(excluded, found),
         )  # fmt: skip
         request = Request(problem, tpot_ms * 1e-3, objective, demand, jitter)
         notes = [] if hosts else _server_notes(found)
@@ -138,16 +145,19 @@ def read_model(text: str) -> tuple[Workload, tuple[str, ...]]:
 
 
 def read_exclusions(texts: Sequence[str]) -> Mapping[str, set[str]]:
-    """Read ``vendors:nvidia+ascend``, ``dtype:int8``, ``rack:r7``.
+    """Read ``vendors:nvidia+ascend``, ``dtype:int8``, ``rack:r7``, ``ffn:h800``, ``colocated``.
 
     Raises:
         PlacementError: the form or a dtype is unknown.
     """
-    found: dict[str, set[str]] = {kind: set() for kind in EXCLUSIONS}
+    found: dict[str, set[str]] = {kind: set() for kind in (*EXCLUSIONS, COLOCATED)}
     for text in texts:
         kind, sign, what = text.partition(":")
-        if not sign or kind not in found or not what:
-            allowed = "vendors:A+B, dtype:NAME, rack:NAME"
+        if text == COLOCATED:
+            found[COLOCATED].add("")
+            continue
+        if not sign or kind not in EXCLUSIONS or not what:
+            allowed = "vendors:A+B, dtype:NAME, rack:NAME, attention:CARD, ffn:CARD, colocated"
             raise PlacementError(f"--exclude {text!r}: expected one of {allowed}")
         if kind == "dtype" and what not in DTYPES:
             raise PlacementError(f"--exclude {text!r}: unknown dtype; dtypes: {', '.join(DTYPES)}")
@@ -155,6 +165,23 @@ def read_exclusions(texts: Sequence[str]) -> Mapping[str, set[str]]:
             raise PlacementError(f"--exclude {text!r}: expected two vendors, as nvidia+ascend")
         found[kind].add("+".join(sorted(what.split("+"))) if kind == "vendors" else what)
     return found
+
+
+def _excluded_roles(
+    excluded: Mapping[str, set[str]], pools: Sequence[Pool]
+) -> frozenset[tuple[str, str]]:
+    """Return the roles that some cards may not run.
+
+    Raises:
+        PlacementError: a card is in no pool.
+    """
+    cards = {pool.card.name for pool in pools}
+    found = {(role, card) for role in ("attention", "ffn", COLOCATED) for card in excluded[role]}
+    for role, card in sorted(found - {(COLOCATED, "")}):
+        if card not in cards:
+            known = ", ".join(sorted(cards))
+            raise PlacementError(f"--exclude {role}:{card}: no such card; cards: {known}")
+    return frozenset(found)
 
 
 def wires_of(

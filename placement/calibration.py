@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from step3_hetero.placement.catalogue import Catalogue
+from step3_hetero.placement.catalogue import Card, Catalogue
 from step3_hetero.placement.colocated import ColocatedStage
 from step3_hetero.placement.efficiency import MICRO, Efficiency, stored
 from step3_hetero.placement.network import Wire, a2f_bytes, f2a_bytes, wire_between
 from step3_hetero.placement.performance import AttentionStage, FfnStage, Roof
-from step3_hetero.placement.workload import ELEMENT_BYTES, paper_workload
+from step3_hetero.placement.workload import ELEMENT_BYTES, Workload, paper_workload
 
 LAYER_CONTEXT, LAYER_TOKENS, LAYER_CARDS = 8192, 256, 4
 SPLIT_CONTEXT, SPLIT_BATCH, SPLIT_MICRO_BATCHES, SPLIT_CARDS = 4096, 6144, 3, 32
@@ -35,6 +36,16 @@ class Row:
     kind: str
     card: str
     figure: float
+
+
+@cache
+def _card(name: str) -> Card:
+    return Catalogue.read().card(name)
+
+
+@cache
+def _model(name: str) -> Workload:
+    return paper_workload(name)
 
 
 def rows(use: str | None = None) -> list[Row]:
@@ -55,8 +66,8 @@ def predicted(row: Row, efficiency: Efficiency) -> float | None:
 
 def _layer_us(card: str, efficiency: Efficiency) -> float:
     """Four cards share the sequences of one MFA layer; each holds all of its weights."""
-    model = paper_workload("Step-3")
-    roof = Roof.of(Catalogue.read().card(card), efficiency, "bf16")
+    model = _model("Step-3")
+    roof = Roof.of(_card(card), efficiency, "bf16")
     stage = AttentionStage(model, roof, 1, LAYER_CONTEXT)
     tokens = np.array([LAYER_TOKENS / LAYER_CARDS])
     return float(stage.layer_s(model.part("attention"), tokens)[0]) / MICRO
@@ -64,7 +75,7 @@ def _layer_us(card: str, efficiency: Efficiency) -> float:
 
 def _split_tokens_per_s_per_card(card: str, efficiency: Efficiency) -> float:
     """Two attention and two FFN instances of 8 cards; the FFN ones hold half the experts each."""
-    model, spec = paper_workload("Step-3"), Catalogue.read().card(card)
+    model, spec = _model("Step-3"), _card(card)
     roof = Roof.of(spec, efficiency, "fp8")
     together = SPLIT_BATCH / SPLIT_MICRO_BATCHES
     each = together / SPLIT_ATTENTION_CARDS
@@ -85,8 +96,10 @@ def _split_tokens_per_s_per_card(card: str, efficiency: Efficiency) -> float:
 
 
 def _colocated_tokens_per_s_per_card(card: str, efficiency: Efficiency) -> float:
-    model, spec = paper_workload("DeepSeek-V3"), Catalogue.read().card(card)
-    attention = AttentionStage(model, Roof.of(spec, efficiency, "fp8"), 1, COLOCATED_CONTEXT)
+    """Weights in FP8; the attention core and its cache stay in bf16 (DeepSeek-V3 report, 3.3)."""
+    model, spec = _model("DeepSeek-V3"), _card(card)
+    linear, core = (Roof.of(spec, efficiency, dtype) for dtype in ("fp8", "bf16"))
+    attention = AttentionStage(model, linear, 1, COLOCATED_CONTEXT, core)
     stage = ColocatedStage(attention, spec, COLOCATED_CARDS, ELEMENT_BYTES["fp8"])
     tokens = np.array([COLOCATED_BATCH / COLOCATED_IN_FLIGHT])
     return COLOCATED_BATCH / float(stage.pass_s(tokens, COLOCATED_IN_FLIGHT)[0])

@@ -21,6 +21,7 @@ from step3_hetero.placement.columns import (
     expert_degrees,
     largest_batch,
 )
+from step3_hetero.placement.efficiency import all_to_all_share
 from step3_hetero.placement.performance import (
     MEMORY_SHARE,
     RETURN_BYTES,
@@ -84,15 +85,17 @@ class ColocatedStage:
         for part in self.attention.workload.of("ffn"):
             if not part.experts:
                 continue
-            row = tokens / self.attention.tp * hidden * (self.wire_bytes + RETURN_BYTES)
+            # The card with the most chosen experts takes the most rows and sends them back.
+            fullest = expert_imbalance(tokens * self.groups * part.top_k, self.cards)
+            rows = tokens / self.attention.tp * fullest
+            row = rows * hidden * (self.wire_bytes + RETURN_BYTES)
+            near, far = travelled(self.cards, min(self.cards, card.server.cards), part.top_k)
             busy = np.zeros_like(tokens)
             if card.scale_up_bytes_per_s:
-                busy = row * elsewhere(self.cards, part.top_k) / card.scale_up_bytes_per_s
-            if self.cards > card.server.cards:
+                busy = row * near / card.scale_up_bytes_per_s
+            if far:
                 assert card.nic_bytes_per_s, "columns leave out what has no NIC"
-                servers = self.cards / card.server.cards
-                far = row * elsewhere(servers, part.top_k) / card.nic_bytes_per_s
-                busy = np.maximum(busy, far)
+                busy = np.maximum(busy, row * far / (card.nic_bytes_per_s * all_to_all_share()))
             total = total + part.layers * (busy + 2 * self.attention.roof.message_s)
         return total
 
@@ -114,13 +117,17 @@ class ColocatedStage:
         return self.attention.weight_bytes() + ffn
 
 
-def elsewhere(places: float, top_k: int) -> float:
-    """Return to how many other places one token is expected to travel for its ``top_k`` experts.
+def travelled(cards: int, near_cards: int, top_k: int) -> tuple[float, float]:
+    """Return to how many other cards of its server, and beyond, one token is expected to travel.
 
-    >>> elsewhere(1, 3), round(elsewhere(2, 1), 3)
-    (0.0, 0.5)
+    A row goes to every card that holds one of its ``top_k`` experts, straight from its own: in
+    decoding nothing is gathered and forwarded within the server that it arrives at.
+
+    >>> travelled(8, 8, 1), travelled(2, 1, 1)
+    ((0.875, 0.0), (0.0, 0.5))
     """
-    return float(places * (1 - (1 - 1 / places) ** top_k) * (1 - 1 / places))
+    each = 1 - (1 - 1 / cards) ** top_k
+    return each * (near_cards - 1), each * (cards - near_cards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +158,8 @@ def colocated_columns(problem: Problem, budget_s: float) -> Iterator[ColocatedCo
     """
     wire = ELEMENT_BYTES[problem.wire_dtype]
     for index, pool in enumerate(problem.pools):
+        if not problem.allows("colocated", pool):
+            continue
         for precision in precisions(pool.card, problem.excluded_dtypes):
             roof = Roof.of(pool.card, pool.efficiency, precision)
             for tp in degrees(pool):

@@ -1,12 +1,15 @@
 """The planner's building blocks: every way to run attention or FFN on a pool, and its batch.
 
-A clock is a pace that a whole split plan keeps: ``pass_s`` seconds a token, ``micro_batches`` in
-flight. Attention and FFN each get ``share`` of the pass and the wires what is left, so that
+A clock is a pace that a whole split plan keeps through the layers: ``body_s`` seconds a token,
+``micro_batches`` in flight. Each layer has one ``slot`` of it; attention, FFN and a link in one
+direction each get ``share`` of the slot at most, and the wires what attention and the FFN's share
+leave, so that in every layer
 
-    attention + wire + FFN + wire <= pass_s  and  micro_batches * (the longest of them) <= pass_s
+    attention + wire + FFN + wire <= slot  and  micro_batches * (the longest of them) <= slot
 
-hold by construction. At a given clock a column (pool, TP, precision; for FFN also EP) has one
-largest batch, found by bisection; a smaller one costs the same cards and serves fewer tokens.
+hold where all layers are alike. At a given clock a column (pool, TP, precision; for FFN also EP)
+has one largest batch, found by bisection; a smaller one costs the same cards and serves fewer
+tokens. Embedding, head and kinds of layer that differ from each other come on top: `pace.pass_s`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from step3_hetero.placement.network import NoWire, Wire, a2f_bytes, f2a_bytes
+from step3_hetero.placement.network import NoWire, Wire
 from step3_hetero.placement.performance import (
     MEMORY_SHARE,
     AttentionStage,
@@ -36,90 +39,88 @@ Tokens = npt.NDArray[np.float64]
 DEGREES = (1, 2, 4, 8)
 """Of tensor parallelism: a power of two of cards within one server."""
 
-PACES = (
-    (2, 3 / 8),
-    (2, 1 / 4),
-    (3, 1 / 3),
-    (3, 1 / 4),
-    (4, 1 / 4),
-    (4, 1 / 5),
-    (6, 1 / 6),
-    (8, 1 / 8),
-)
-"""Micro-batches in flight, and attention's share of the pass, which is FFN's too.
+PACES = ((2, 3 / 8), (3, 1 / 3), (4, 1 / 4), (6, 1 / 6), (8, 1 / 8))
+"""Micro-batches in flight, and the FFN's share of a layer, which is attention's at most.
 
-Full use of the cards is one share for each micro-batch; a smaller one leaves the wires more. A
+Full use of the cards is one share for each micro-batch; two of them leave the wires something. A
 host-bounced edge makes eight hops, which eight micro-batches keep all busy.
 """
 
 MOST_TOKENS = 2**24
 """No micro-batch is larger."""
 
-FINEST_STEP_MS = 0.1
+FINEST_MS = 0.1
+
+STEP = 2
+"""In the third digit of a pace in milliseconds: 0.2 % to 2 %."""
+
+COARSE_STEP = 10
+"""Where whole instances decide more than paces: for a demand, for most tokens or fewest cards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
     """The paces tried, as arrays of one length."""
 
-    pass_s: npt.NDArray[np.float64]
+    body_s: npt.NDArray[np.float64]
     micro_batches: npt.NDArray[np.float64]
     share: npt.NDArray[np.float64]
+    layers: int
 
     @classmethod
     def until(
-        cls, tpot_s: float, jitter: float, paces: Sequence[tuple[int, float]] = PACES
+        cls,
+        tpot_s: float,
+        jitter: float,
+        layers: int,
+        paces: Sequence[tuple[int, float]] = PACES,
+        step: int = STEP,
     ) -> Self:
         """Return every pace up to a target; ``jitter`` is the share of the target kept free.
 
-        Targets are taken at two significant digits of a millisecond (45, 46, ... 99, 100, 110):
-        the paces for a looser target contain those for a tighter one, whence a looser target can
+        The paces for a looser target contain those for a tighter one, whence a looser target can
         never cost more.
         """
-        steps = np.array(two_digit_steps_ms(tpot_s * 1e3)) * 1e-3 * (1 - jitter)
+        steps = np.array(steps_ms(tpot_s * 1e3, step)) * 1e-3 * (1 - jitter)
         in_flight, share = np.array(paces, float).T
         return cls(
             np.repeat(steps, len(paces)),
             np.tile(in_flight, len(steps)),
             np.tile(share, len(steps)),
+            layers,
         )
 
     def where(self, kept: npt.NDArray[np.bool_]) -> Clocks:
         """Return some of the paces."""
-        return Clocks(self.pass_s[kept], self.micro_batches[kept], self.share[kept])
-
-    @property
-    def stage_s(self) -> npt.NDArray[np.float64]:
-        """Return the seconds that attention, and FFN, may take in one pass."""
-        return self.share * self.pass_s
-
-    @property
-    def wire_s(self) -> npt.NDArray[np.float64]:
-        """Return the seconds that both directions may take in one pass, hop by hop."""
-        return (1 - 2 * self.share) * self.pass_s
+        return Clocks(self.body_s[kept], self.micro_batches[kept], self.share[kept], self.layers)
 
     @property
     def slot_s(self) -> npt.NDArray[np.float64]:
-        """Return the seconds that one link may be busy with one micro-batch in one direction."""
-        return self.pass_s / self.micro_batches
+        """Return the seconds of one layer."""
+        return self.body_s / self.layers
+
+    @property
+    def stage_s(self) -> npt.NDArray[np.float64]:
+        """Return the seconds of a layer that one micro-batch may keep any of them busy."""
+        return self.share * self.slot_s
 
     def __len__(self) -> int:
         """Return how many there are."""
-        return len(self.pass_s)
+        return len(self.body_s)
 
 
-def two_digit_steps_ms(target_ms: float) -> list[float]:
-    """Return the numbers of two significant digits up to a target, from `FINEST_STEP_MS` on.
+def steps_ms(target_ms: float, step: int = STEP) -> list[float]:
+    """Return the paces up to a target, from `FINEST_MS` on.
 
-    >>> two_digit_steps_ms(0.125)
-    [0.1, 0.11, 0.12]
+    >>> steps_ms(0.103)
+    [0.1, 0.102]
     """
     steps: list[float] = []
-    exponent = round(np.log10(FINEST_STEP_MS)) - 1
-    while 10 * 10.0**exponent <= target_ms:
-        steps += [float(f"{digits}e{exponent}") for digits in range(10, 100)]
+    exponent = round(np.log10(FINEST_MS)) - 2
+    while 100 * 10.0**exponent <= target_ms:
+        steps += [float(f"{digits}e{exponent}") for digits in range(100, 1000, step)]
         exponent += 1
-    return [step for step in steps if step <= target_ms * (1 + 1e-12)]
+    return [pace for pace in steps if pace <= target_ms * (1 + 1e-12)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,8 @@ class AttentionColumn:
     stage: AttentionStage
     by_memory: Tokens
     by_time: Tokens
+    longest_s: npt.NDArray[np.float64]
+    """Seconds of one layer of the longest kind at this batch, at most the clock's share."""
 
     @property
     def cards(self) -> int:
@@ -170,6 +173,15 @@ class Problem:
     context: int
     wires: Mapping[tuple[int, int], Wire | NoWire]
     excluded_dtypes: frozenset[str] = frozenset()
+    excluded_roles: frozenset[tuple[str, str]] = frozenset()
+    """("attention", card), ("ffn", card), ("colocated", "")."""
+
+    def allows(self, role: str, pool: Pool) -> bool:
+        """Return whether a pool may run a role: attention, ffn, or colocated for both."""
+        if role == "colocated":
+            both = self.allows("attention", pool) and self.allows("ffn", pool)
+            return both and ("colocated", "") not in self.excluded_roles
+        return (role, pool.card.name) not in self.excluded_roles
 
     @property
     def wire_dtype(self) -> str:
@@ -196,6 +208,8 @@ def largest_batch(seconds: Callable[[Batch], Batch], budget_s: Batch, most: Batc
 def attention_columns(problem: Problem, clocks: Clocks) -> Iterator[AttentionColumn]:
     """Yield every kind of attention instance that holds its weights and some sequence."""
     for index, pool in enumerate(problem.pools):
+        if not problem.allows("attention", pool):
+            continue
         for precision in precisions(pool.card, problem.excluded_dtypes):
             roof = Roof.of(pool.card, pool.efficiency, precision)
             for tp in degrees(pool):
@@ -206,8 +220,10 @@ def attention_columns(problem: Problem, clocks: Clocks) -> Iterator[AttentionCol
                 if not most.any():
                     continue
                 # What time alone would allow is only wanted for the explanation: one above.
-                by_time = largest_batch(stage.pass_s, clocks.stage_s, 2 * most)
-                yield AttentionColumn(index, tp, precision, stage, by_memory, by_time)
+                by_time = largest_batch(stage.layers_s, clocks.share * clocks.body_s, 2 * most)
+                batch = np.minimum(by_memory, by_time)
+                longest_s = np.minimum(stage.longest_s(np.maximum(batch, 1)), clocks.stage_s)
+                yield AttentionColumn(index, tp, precision, stage, by_memory, by_time, longest_s)
 
 
 def sequences_held(pool: Pool, stage: AttentionStage) -> float:
@@ -220,6 +236,8 @@ def ffn_columns(problem: Problem, clocks: Clocks) -> Iterator[FfnColumn]:
     """Yield every kind of FFN set that holds its weights."""
     wire = ELEMENT_BYTES[problem.wire_dtype]
     for index, pool in enumerate(problem.pools):
+        if not problem.allows("ffn", pool):
+            continue
         for precision in precisions(pool.card, problem.excluded_dtypes):
             roof = Roof.of(pool.card, pool.efficiency, precision)
             for tp in degrees(pool):
@@ -229,7 +247,7 @@ def ffn_columns(problem: Problem, clocks: Clocks) -> Iterator[FfnColumn]:
                     if not fits or pool.groups(tp) < ep:
                         continue
                     most = np.minimum(stage.most_tokens(clocks.stage_s), MOST_TOKENS)
-                    batch = largest_batch(stage.pass_s, clocks.stage_s, most)
+                    batch = largest_batch(stage.longest_s, clocks.stage_s, most)
                     yield FfnColumn(index, tp, ep, precision, stage, batch)
 
 
@@ -246,36 +264,3 @@ def expert_degrees(workload: Workload) -> list[int]:
         return [1]
     common = int(np.gcd.reduce(experts))
     return [ep for ep in range(1, common + 1) if common % ep == 0]
-
-
-@dataclass(frozen=True, slots=True)
-class WireLimits:
-    """Tokens of one micro-batch that one card may send and get back, by pair of pools and clock.
-
-    An FFN set of ``ep`` instances divides both by ``ep``: every instance gets every token.
-    """
-
-    per_card: Mapping[tuple[int, int], npt.NDArray[np.float64]]
-    kinds: Mapping[tuple[int, int], str]
-
-    @classmethod
-    def of(cls, problem: Problem, clocks: Clocks) -> Self:
-        """Work out the limits of every pair of pools that a wire joins."""
-        out, back = a2f_bytes(problem.workload, problem.wire_dtype), f2a_bytes(problem.workload)
-        per_card, kinds = {}, {}
-        for (a, f), wire in problem.wires.items():
-            if isinstance(wire, NoWire):
-                continue
-            message_s = max(problem.pools[i].efficiency.message_s for i in (a, f))
-            moving_s = clocks.wire_s - 2 * problem.workload.layers * message_s
-            row = problem.workload.layers * wire.message_s_per_byte * (out + back)
-            busy = problem.workload.layers * wire.busy_s_per_byte * max(out, back)
-            per_card[a, f] = np.maximum(np.minimum(moving_s / row, clocks.slot_s / busy), 0)
-            kinds[a, f] = wire.kind
-        return cls(per_card, kinds)
-
-    def tokens(self, a: int, f: int, cards: int, ep: int) -> Tokens:
-        """Return the tokens that ``cards`` cards on one side of the wire can pass on."""
-        if (a, f) not in self.per_card:
-            return np.zeros(1)
-        return np.floor(self.per_card[a, f] * cards / ep * (1 + 1e-12))

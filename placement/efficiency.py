@@ -39,6 +39,11 @@ def stored() -> Mapping[str, Any]:
     return values
 
 
+def all_to_all_share() -> float:
+    """Return the part of a NIC's rate that an exchange of all with all reaches, as measured."""
+    return float(stored()["measured"]["all_to_all_share"])
+
+
 def efficiency_of(vendor: str, case: str = "nominal") -> Efficiency:
     """Return a vendor's constants; a vendor without any has those assumed for Ascend."""
     known = stored()["fitted"].get(vendor)

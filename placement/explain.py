@@ -9,10 +9,11 @@ import numpy as np
 
 from step3_hetero.placement.network import NoWire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
-from step3_hetero.placement.planner import Found, Outcome, Space, Vector, best_colocated, solve_at
+from step3_hetero.placement.planner import Found, Outcome, best_colocated, solve_at
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, Request, SplitPlan
 from step3_hetero.placement.pools import Pool
 from step3_hetero.placement.solve import SAME
+from step3_hetero.placement.space import Space, Vector
 from step3_hetero.placement.workload import ELEMENT_BYTES
 
 MOST_ALTERNATIVES = 10
@@ -76,28 +77,33 @@ def _split_alternatives(outcome: Outcome) -> Iterator[Alternative]:
         if isinstance(wire, NoWire):
             yield Alternative(label, None, np.inf, "network", wire.reason)
             continue
+        pair = [request.problem.pools[p] for p in (a, f)]
+        if not all(map(request.problem.allows, ("attention", "ffn"), pair)):
+            continue
         i, j = _columns(space, a, f)
         if not i or not j:
             yield Alternative(label, None, np.inf, "memory", _too_small(request, a, f, bool(i)))
             continue
-        scores = every[:, i][:, :, j].min(axis=(1, 2))
+        scores = np.full(every.shape[:2], np.inf)
+        scores[:, i] = every[:, i][:, :, j].min(axis=2)
         if not np.isfinite(scores).any():
             yield Alternative(label, None, np.inf, *_too_slow(space, i, j))
             continue
         yield from _best_of_pair(outcome, (a, f), scores, label)
 
 
-CLOCKS_TRIED = 3
-"""Best clocks solved for an alternative: it is a plan to compare with, not a proven optimum."""
+PACES_TRIED = 3
+"""Best paces solved for an alternative: it is a plan to compare with, not a proven optimum."""
 
 
 def _best_of_pair(
     outcome: Outcome, pools: tuple[int, int], scores: Vector, label: str
 ) -> Iterator[Alternative]:
     space, best = outcome.space, Found(None, np.inf, np.inf)
-    for clock in np.argsort(scores, kind="stable")[:CLOCKS_TRIED]:
-        if np.isfinite(scores[clock]):
-            found, _ = solve_at(space, space.mix(int(clock), pools), best.score)
+    for pace in np.argsort(scores, axis=None, kind="stable")[:PACES_TRIED]:
+        if np.isfinite(scores.flat[pace]):
+            clock, pace_s = int(pace) // scores.shape[1], float(space.pass_s.flat[pace])
+            found, _ = solve_at(space, space.mix(clock, pace_s, pools), best.score)
             best = found or best
     if best.plan is None:
         detail = "the pools hold no whole set with the instances it needs"
@@ -168,14 +174,17 @@ def _lifted(space: Space, i: Sequence[int], j: Sequence[int], limit: str) -> flo
     free_a = np.stack([space.attention[n].capacity for n in i], axis=1)[:, :, None]
     free_f = np.stack([space.ffn[n].capacity for n in j], axis=1)[:, None, :]
     send, take = space.send[:, i][:, :, j], space.take[:, i][:, :, j]
+    pass_s = space.pass_s[:, i][:, :, None]
     if limit == "network":
         send, take = np.broadcast_to(free_a, send.shape), np.broadcast_to(free_f, take.shape)
     elif limit == "memory":
         in_time = np.stack([space.attention[n].by_time for n in i], axis=1)[:, :, None]
         send = np.where(send == free_a, np.maximum(in_time, send), send)
+        send = np.where(np.isfinite(pass_s), send, 0)
     with np.errstate(divide="ignore"):
         per_token = cost_a[i][:, None] / send + cost_f[j] / take
-    return float((per_token / space.rate[:, None, None]).min())
+    each = per_token * pass_s / space.clocks.micro_batches[:, None, None]
+    return float(each.min())
 
 
 def _card_seconds(plan: AnyPlan, pools: Sequence[Pool]) -> float:
@@ -194,6 +203,8 @@ def _colocated_alternatives(outcome: Outcome) -> Iterator[Alternative]:
     """Yield the colocated plan of each pool and, where the winner does not split, the split one."""
     pools = outcome.request.problem.pools
     for p, pool in enumerate(pools):
+        if not outcome.request.problem.allows("colocated", pool):
+            continue
         found = best_colocated(outcome.request, [c for c in outcome.columns if c.pool == p])
         label = f"colocated on {pool.name}"
         if found.plan is None:
@@ -226,29 +237,29 @@ def binding(outcome: Outcome) -> str:
     target = f"the target of {outcome.request.tpot_s * 1e3:g} ms"
     if isinstance(plan, ColocatedPlan):
         column = plan.columns[0][0]
+        card = column.stage.card.name
         if column.batch == column.by_memory:
-            return f"KV memory: {column.batch} sequences a group fill {column.stage.card.name}"
-        return f"stage time: {column.batch} sequences a group fill {target}"
-    return _split_binding(outcome.space, plan, target)
+            return f"The KV memory of {card} is full at {column.batch} sequences a group."
+        return f"On {card} {column.batch} sequences a group fill {target}."
+    said = ", and ".join(_split_binding(outcome.space, plan, target))
+    return f"{said[:1].upper()}{said[1:]}."
 
 
-def _split_binding(space: Space, plan: SplitPlan, target: str) -> str:
-    said: list[str] = []
+def _split_binding(space: Space, plan: SplitPlan, target: str) -> Iterator[str]:
     for n, (a, count) in enumerate(plan.attention):
         each, batch = plan.flow[n].sum() / count, a.capacity[plan.clock]
         name = plan.pools[a.pool].name
         if each < batch * (1 - TELLING):
-            room = f"{each:.0f} of {batch:.0f} tokens an instance"
+            room = f"{each:.0f} of the {batch:.0f} tokens that an instance could"
             wired = min(space.send[plan.clock, space.attention.index(a)].max(), batch)
-            why = "network" if wired < batch else "whole FFN sets"
-            said.append(f"{why}: attention on {name} sends {room}")
+            why = "over its network" if wired < batch else "because FFN sets come whole"
+            yield f"attention on {name} sends {room}, {why}"
         elif a.by_memory[plan.clock] <= a.by_time[plan.clock]:
-            said.append(f"KV memory: {batch:.0f} tokens of a micro-batch fill {name}")
+            yield f"the KV memory of {name} is full at {batch:.0f} tokens of a micro-batch"
         else:
-            said.append(f"stage time: attention on {name} fills its share of {target}")
+            yield f"attention on {name} fills its share of {target}"
     for n, (f, count) in enumerate(plan.ffn):
         each, batch = plan.flow[:, n].sum() / count, f.capacity[plan.clock]
         name = plan.pools[f.pool].name
         if each >= batch * (1 - TELLING):
-            said.append(f"stage time: FFN on {name} is full at {batch:.0f} tokens")
-    return "; ".join(said)
+            yield f"the FFN on {name} fills its share at {batch:.0f} tokens of a micro-batch"

@@ -11,9 +11,10 @@ import numpy as np
 from step3_hetero.placement.columns import Problem
 from step3_hetero.placement.network import NoWire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
-from step3_hetero.placement.planner import Space, best_colocated, best_split
+from step3_hetero.placement.planner import best_colocated, best_split
 from step3_hetero.placement.plans import Request
 from step3_hetero.placement.pools import MOST_CARDS, Pool
+from step3_hetero.placement.space import Space, server_rows
 from step3_hetero.placement.workload import ELEMENT_BYTES
 
 SLOWEST_S = 100.0
@@ -29,9 +30,16 @@ def is_feasible(request: Request) -> bool:
     if best_colocated(asked).plan is not None:
         return True
     space = Space.of(asked)
-    if not space.attention or not space.ffn:
-        return False
-    return best_split(replace(asked, objective="tokens"), space).plan is not None
+    pairs = np.argwhere((space.send > 0).any(axis=0)) if space.attention and space.ffn else ()
+    return any(_fit_together(space, int(i), int(j)) for i, j in pairs)
+
+
+def _fit_together(space: Space, i: int, j: int) -> bool:
+    """Return whether the servers hold one instance of an attention and of an FFN column."""
+    a, f = space.attention[i], space.ffn[j]
+    groups = [(a.pool, a.tp, 1), (f.pool, f.tp, f.ep)]
+    rows, limits = server_rows(space.request.problem.pools, groups)
+    return bool((rows.sum(axis=1) <= limits).all())
 
 
 def why_infeasible(request: Request) -> str:

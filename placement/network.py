@@ -95,12 +95,16 @@ def _pcie(card: Card) -> float:
     return card.server.pcie_bytes_per_s or ASSUMED_PCIE_BYTES_PER_S
 
 
-def with_host_nics(card: Card, gbit_per_s: float | None, nics: int | None) -> Card:
-    """Return a card whose server has these host NICs; None keeps the catalogue's figure."""
+def with_host_nics(
+    card: Card, gbit_per_s: float | None, nics: int | None, pcie_gbytes_per_s: float | None = None
+) -> Card:
+    """Return a card whose server has these host NICs and PCIe; None: the catalogue's figure."""
     server = card.server
     rate = server.host_nic_bytes_per_s if gbit_per_s is None else gbit_per_s * GIGA / BITS_PER_BYTE
     count = server.host_nics if nics is None else nics
-    return replace(card, server=replace(server, host_nics=count, host_nic_bytes_per_s=rate))
+    pcie = server.pcie_bytes_per_s if pcie_gbytes_per_s is None else pcie_gbytes_per_s * GIGA
+    server = replace(server, host_nics=count, host_nic_bytes_per_s=rate, pcie_bytes_per_s=pcie)
+    return replace(card, server=server)
 
 
 def message_s(nbytes: float, hops_bytes_per_s: Sequence[float]) -> float:

@@ -118,14 +118,22 @@ class AttentionStage:
     roof: Roof
     tp: int
     context: int
+    core_roof: Roof | None = None
+    """Of the core and its cache, where they are kept in another precision than the weights."""
+
+    @property
+    def core(self) -> Roof:
+        """Return the roof of the core and its cache."""
+        return self.core_roof or self.roof
 
     def layer_s(self, part: Part, tokens: Batch) -> Batch:
         """Return the seconds of one layer: core, then projections, while TP's sums travel."""
         roof, core = self.roof, part.core
         assert core is not None, f"{part.name} is no attention"
-        core_s = roof.seconds(
+        read_bytes = core.kv_bytes(self.context, self.core.element_bytes)
+        core_s = self.core.seconds(
             tokens * core.flops(self.context) / self.tp,
-            tokens * core.kv_bytes(self.context, roof.element_bytes) / kv_shards(core, self.tp),
+            tokens * read_bytes / kv_shards(core, self.tp),
         )
         weights = part.weight_elements * roof.element_bytes / self.tp
         linear_s = roof.seconds(tokens * part.linear_flops / self.tp, weights)
@@ -150,10 +158,19 @@ class AttentionStage:
 
     def pass_s(self, tokens: Batch) -> Batch:
         """Return the seconds through all layers, embedding and head included."""
-        total = self.between_s(tokens)
+        return self.between_s(tokens) + self.layers_s(tokens)
+
+    def layers_s(self, tokens: Batch) -> Batch:
+        """Return the seconds through all layers."""
+        total = np.zeros_like(tokens)
         for part in self.workload.of("attention"):
             total = total + part.layers * self.layer_s(part, tokens)
         return total
+
+    def longest_s(self, tokens: Batch) -> Batch:
+        """Return the seconds of one layer of the longest kind."""
+        found = [self.layer_s(part, tokens) for part in self.workload.of("attention")]
+        return np.asarray(np.max(found, axis=0))
 
     def weight_bytes(self) -> float:
         """Return the bytes of weights on one card; embedding and head are split by rows."""
@@ -170,7 +187,7 @@ class AttentionStage:
         """Return the bytes that one sequence holds on one card."""
         return sum(
             p.layers
-            * p.core.held_bytes(self.context, self.roof.element_bytes)
+            * p.core.held_bytes(self.context, self.core.element_bytes)
             / kv_shards(p.core, self.tp)
             for p in self.workload.of("attention")
             if p.core is not None
@@ -218,10 +235,16 @@ class FfnStage:
             total = total + part.layers * self.layer_s(part, tokens)
         return total
 
+    def longest_s(self, tokens: Batch) -> Batch:
+        """Return the seconds of one layer of the longest kind."""
+        found = [self.layer_s(part, tokens) for part in self.workload.of("ffn")]
+        return np.asarray(np.max(found, axis=0))
+
     def most_tokens(self, budget_s: Batch) -> Batch:
-        """Return a batch that arithmetic alone keeps from fitting a budget: no larger one does."""
+        """Return a batch that arithmetic alone keeps from fitting a layer's budget."""
         flops_per_s = self.roof.flops_per_s * self.tp * self.ep
-        return np.ceil(budget_s * flops_per_s / self.workload.ffn_flops)
+        most = max(part.linear_flops for part in self.workload.of("ffn"))
+        return np.ceil(budget_s * flops_per_s / most)
 
     def weight_bytes(self) -> float:
         """Return the bytes of weights on one card."""

@@ -22,7 +22,9 @@ from step3_hetero.placement.planner import Outcome
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, SplitPlan
 from step3_hetero.placement.written import write_whole
 
-LEFT_OUT = ("alternatives", "attention", "ffn", "pipeline")
+LEFT_OUT = (
+    "alternatives", "attention", "ffn", "pipeline", "racks", "cost_by_context", "pareto"
+)  # fmt: skip
 """Keys of the JSON that a config says in its own words, or that are too long for it."""
 
 
@@ -69,10 +71,15 @@ def _relative(folder: Path, base: Path) -> str:
 
 
 def unit_plans(plan: AnyPlan) -> list[AnyPlan]:
-    """Return a plan's deployments: each with one attention and one FFN column, or one colocated."""
+    """Return a plan's deployments: each with one attention and one FFN column, or one colocated.
+
+    Raises:
+        PlacementError: two kinds of attention instances share an FFN set.
+    """
     if isinstance(plan, ColocatedPlan):
         return [ColocatedPlan(((c, n),), c.tokens_per_s * n, plan.cost) for c, n in plan.columns]
     units: list[AnyPlan] = []
+    _refuse_shared_sets(plan)
     for a, f, count in shares(plan):
         column, sets = plan.ffn[f]
         part = plan.flow[a, f] / max(plan.flow[:, f].sum(), 1e-12)
@@ -87,6 +94,21 @@ def unit_plans(plan: AnyPlan) -> list[AnyPlan]:
             )
         )
     return sorted(units, key=lambda unit: -unit.tokens_per_s)
+
+
+def _refuse_shared_sets(plan: SplitPlan) -> None:
+    """Refuse what a config cannot say: it has one role for attention, which feeds whole sets."""
+    for f, (column, sets) in enumerate(plan.ffn):
+        feeding = [a for a, g, _ in shares(plan) if g == f]
+        if len(feeding) > sets:
+            names = " and ".join(plan.pools[plan.attention[a][0].pool].name for a in feeding)
+            least = min(feeding, key=lambda a: float(plan.flow[a].sum()))
+            pool = plan.pools[plan.attention[least][0].pool].card.name
+            raise PlacementError(
+                f"--out: a config has one attention role, but {len(feeding)} kinds of instances "
+                f"(on {names}) share {sets} FFN set of {column.cards} "
+                f"{plan.pools[column.pool].name}; nearest change: --exclude attention:{pool}"
+            )
 
 
 def config_of(

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from step3_hetero.placement.columns import COARSE_STEP
+from step3_hetero.placement.curves import curves
 from step3_hetero.placement.efficiency import CASES
 from step3_hetero.placement.explain import Alternative, alternatives, binding, label_of
 from step3_hetero.placement.infeasible import why_infeasible
 from step3_hetero.placement.network import ASSUMED_PCIE_BYTES_PER_S, HOST, Wire
 from step3_hetero.placement.performance import prefill_s
-from step3_hetero.placement.plan_pipeline import pipeline_of
+from step3_hetero.placement.plan_pipeline import period_s, pipeline_of
 from step3_hetero.placement.planner import Outcome, plan
 from step3_hetero.placement.plans import (
     MILLION,
@@ -24,6 +26,7 @@ from step3_hetero.placement.plans import (
     SplitPlan,
 )
 from step3_hetero.placement.pools import Pool, with_case
+from step3_hetero.placement.solve import SAME
 from step3_hetero.placement.workload import ELEMENT_BYTES
 
 
@@ -35,6 +38,7 @@ class About:
     layers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
+    with_curves: bool = False
 
 
 def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
@@ -73,14 +77,57 @@ def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
     }
     if best is None:
         return document | {"reason": why_infeasible(request)}
+    pipeline = pipeline_of(best, problem, about.layers)
+    run = run_json(best, problem.pools, period_s(pipeline))
+    document["notes"] += run_notes(best, run, request)
     return document | {
         "label": label_of(best),
         "binding": binding(outcome),
         "usd_per_mtok_range": _range(outcome),
         "breakdown": breakdown(best, problem.pools),
         "prefill": prefill_json(best, request),
-        "pipeline": pipeline_of(best, problem, about.layers).to_json(),
+        "run": run,
+        **(curves(outcome) if about.with_curves else {}),
+        "pipeline": pipeline.to_json(),
     }
+
+
+def run_json(best: AnyPlan, pools: Sequence[Pool], period: float) -> dict[str, Any]:
+    """Return what the plan gives as its pipeline runs, ``period`` seconds a token.
+
+    The objective and its bound count sums over all layers; this is what `simulate` says, too.
+    """
+    slower = period / best.pass_s
+    if isinstance(best, SplitPlan):
+        most = float(best.flow.sum()) * best.micro_batches / best.pass_s
+    else:
+        most = sum(c.tokens_per_s * n for c, n in best.columns)
+    in_all = best.tokens_per_s >= most * (1 - SAME)  # else a demand, which is all that is asked
+    served = most / slower if in_all else min(best.tokens_per_s, most / slower)
+    usd = usd_per_mtok(best, pools)
+    return {
+        "tpot_ms": best.pass_s * slower * 1e3,
+        "tokens_per_s": served,
+        "usd_per_mtok": None if usd is None else usd * best.tokens_per_s / served,
+    }
+
+
+RUN_TELLING = 0.01
+"""A pipeline that runs slower by less than this part is not worth a note."""
+
+
+def run_notes(best: AnyPlan, run: Mapping[str, Any], request: Request) -> list[str]:
+    """Return what is to be said where the pipeline runs slower than the sums over its layers."""
+    tpot_ms, target_ms = run["tpot_ms"], request.tpot_s * 1e3
+    if tpot_ms <= best.pass_s * 1e3 * (1 + RUN_TELLING):
+        return []
+    kept = "within" if tpot_ms <= target_ms else "beyond"
+    usd = "" if run["usd_per_mtok"] is None else f", ${run['usd_per_mtok']:.4f} per million tokens"
+    return [
+        f"as the pipeline runs: {tpot_ms:.1f} ms a token, {run['tokens_per_s']:,.0f} tokens/s{usd}"
+        " (attention and FFN wait for each other between layers and between tokens, which the "
+        f"objective does not count); {kept} the target of {target_ms:g} ms"
+    ]
 
 
 def usd_per_mtok(best: AnyPlan | None, pools: Sequence[Pool]) -> float | None:
@@ -225,7 +272,7 @@ def breakdown(best: AnyPlan, pools: Sequence[Pool]) -> dict[str, float] | None:
 def _range(outcome: Outcome) -> list[float] | None:
     """Return the objective when assumed constants are at their high and at their low case.
 
-    Planned anew for each: other constants may make another placement the best.
+    Planned anew for each, at fewer paces: other constants may make another placement the best.
     """
     request = outcome.request
     if all(pool.efficiency.calibrated for pool in request.problem.pools):
@@ -233,12 +280,15 @@ def _range(outcome: Outcome) -> list[float] | None:
     found = []
     for case in (CASES[-1], CASES[0]):
         pools = tuple(with_case(request.problem.pools, case))
-        other = plan(replace(request, problem=replace(request.problem, pools=pools)))
+        problem = replace(request.problem, pools=pools)
+        other = plan(replace(request, problem=problem, pace_step=COARSE_STEP))
         usd = usd_per_mtok(other.plan, pools)
         if usd is None:
             return None
         found.append(usd)
-    return sorted(found)
+    nominal = usd_per_mtok(outcome.plan, request.problem.pools)
+    assert nominal is not None, "priced, since the others are"
+    return [min(nominal, *found), max(nominal, *found)]
 
 
 def prefill_json(best: AnyPlan, request: Request) -> dict[str, Any]:
@@ -289,7 +339,10 @@ def notes(outcome: Outcome) -> list[str]:
     host = [w for w in request.problem.wires.values() if isinstance(w, Wire) and w.kind == HOST]
     if host and any(p.card.server.pcie_bytes_per_s is None for p in pools):
         rate = ASSUMED_PCIE_BYTES_PER_S / 1e9
-        said.append(f"no PCIe rate in the catalogue: {rate:g} GB/s assumed for host-bounced edges")
+        said.append(
+            f"no PCIe rate in the catalogue: {rate:g} GB/s assumed for host-bounced edges "
+            "(--pcie-gbytes gives it)"
+        )
     if isinstance(outcome.plan, ColocatedPlan) and len(pools) > 1:
         said.append("do not split: the colocated plan is the cheapest")
     return said

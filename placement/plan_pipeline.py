@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 
 from step3_hetero.placement.columns import AttentionColumn, FfnColumn, Problem
+from step3_hetero.placement.layer_kinds import kinds
 from step3_hetero.placement.network import Wire, a2f_bytes, f2a_bytes
+from step3_hetero.placement.pace import attention_seconds, ffn_seconds
 from step3_hetero.placement.performance import AttentionStage
 from step3_hetero.placement.pipeline import (
     LOCAL,
@@ -18,7 +21,8 @@ from step3_hetero.placement.pipeline import (
     PredictedPipeline,
 )
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, SplitPlan
-from step3_hetero.placement.workload import Part, Workload
+from step3_hetero.placement.simulate import Scenario, simulate
+from step3_hetero.placement.workload import Workload
 
 FURTHER = 1024
 """Tokens of context over which the growth of attention's time is taken."""
@@ -31,45 +35,10 @@ def pipeline_of(plan: AnyPlan, problem: Problem, layers: tuple[str, ...] = ()) -
     return _split(plan, problem, layers)
 
 
-def kinds(workload: Workload) -> dict[str, tuple[Part | None, Part | None, int]]:
-    """Return each kind of layer with its attention, its FFN and its number.
-
-    Where attention and FFN both come in several kinds that do not match by name, attention's is
-    None: the mean of all layers.
-    """
-    attention, ffn = workload.of("attention"), workload.of("ffn")
-    if len(ffn) == 1 and len(attention) > 1:
-        return {_suffix(p): (p, ffn[0], p.layers) for p in attention}
-    by_kind = {_suffix(p): p for p in attention}
-    return {
-        _suffix(p): (
-            attention[0] if len(attention) == 1 else by_kind.get(_suffix(p)), p, p.layers
-        )
-        for p in ffn
-    }  # fmt: skip
-
-
-def _suffix(part: Part) -> str:
-    """Return the kind of layer a part belongs to: "moe" of "ffn-moe"."""
-    return part.name.partition("-")[2] or part.name
-
-
 def _runs(workload: Workload, layers: tuple[str, ...], ffn: str) -> tuple[LayerRun, ...]:
     if layers:
         return tuple(LayerRun(len(list(run)), kind, ffn) for kind, run in groupby(layers))
     return tuple(LayerRun(count, kind, ffn) for kind, (_, _, count) in kinds(workload).items())
-
-
-def attention_seconds(stage: AttentionStage, tokens: float) -> dict[str, float]:
-    """Return the seconds of attention in one layer of each kind."""
-    batch = np.array([float(tokens)])
-    parts = stage.workload.of("attention")
-    total = sum(p.layers * float(stage.layer_s(p, batch)[0]) for p in parts)
-    mean = total / sum(p.layers for p in parts)
-    return {
-        kind: mean if part is None else float(stage.layer_s(part, batch)[0])
-        for kind, (part, _, _) in kinds(stage.workload).items()
-    }
 
 
 def _per_context_token(stage: AttentionStage, tokens: float) -> float:
@@ -105,11 +74,7 @@ def _split(plan: SplitPlan, problem: Problem, layers: tuple[str, ...]) -> Predic
     sets = []
     for f, (column, count) in enumerate(plan.ffn):
         tokens = np.array([max(1.0, plan.flow[:, f].sum() / count)])
-        seconds = {
-            kind: float(column.stage.layer_s(part, tokens)[0])
-            for kind, (_, part, _) in kinds(problem.workload).items()
-            if part is not None
-        }
+        seconds = {kind: float(s[0]) for kind, s in ffn_seconds(column, tokens).items()}
         card = plan.pools[column.pool].card.name
         sets.append(FfnGroup(names_f[f], card, count, column.cards, seconds))
     between = max(
@@ -158,7 +123,10 @@ def _attention_group(
         instances=count,
         cards=column.cards,
         batch=batch,
-        seconds=attention_seconds(column.stage, batch),
+        seconds={
+            kind: float(s[0])
+            for kind, s in attention_seconds(column.stage, np.array([float(batch)])).items()
+        },
         seconds_per_context_token=_per_context_token(column.stage, batch),
         feeds=feeds,
         a2f_s=rows * wire.busy_s_per_byte * out,
@@ -188,3 +156,36 @@ def _colocated(plan: ColocatedPlan, problem: Problem, layers: tuple[str, ...]) -
         )
     runs = _runs(problem.workload, layers, LOCAL)
     return PredictedPipeline(in_flight, problem.context, runs, tuple(groups), (), between)
+
+
+SETTLING = 8
+"""Tokens after which the pipeline repeats itself; its period is that of the last of them."""
+
+
+def period_s(pipeline: PredictedPipeline) -> float:
+    """Return the seconds of a token as the pipeline runs, layer after layer, without jitter.
+
+    The planner holds the sums over all layers against the target. Between two tokens embedding and
+    head keep attention busy while the FFN waits, which those sums do not see.
+    """
+    run = simulate(_one_of_each(pipeline), Scenario(tokens=SETTLING))
+    return float(run.tpot_s["p50"])
+
+
+def _one_of_each(pipeline: PredictedPipeline) -> PredictedPipeline:
+    """Return a pipeline of the same period: like instances do the same at the same time.
+
+    Where a group has fewer instances than sets to serve it, these take turns, and all stay.
+    """
+    fed = {g.name: sum(a.instances for a in pipeline.attention if a.feeds in ("", g.name))
+           for g in pipeline.ffn}  # fmt: skip
+    if any(fed[group.name] < group.instances for group in pipeline.ffn):
+        return replace(pipeline, attention=_fixed(pipeline.attention))
+    alone = tuple(replace(group, instances=1) for group in pipeline.attention)
+    sets = tuple(replace(group, instances=1) for group in pipeline.ffn)
+    return replace(pipeline, attention=_fixed(alone), ffn=sets)
+
+
+def _fixed(groups: tuple[AttentionGroup, ...]) -> tuple[AttentionGroup, ...]:
+    """Return groups whose context does not grow while the period is taken."""
+    return tuple(replace(group, seconds_per_context_token=0.0) for group in groups)

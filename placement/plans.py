@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from step3_hetero.placement.colocated import ColocatedColumn
-from step3_hetero.placement.columns import PACES, AttentionColumn, FfnColumn, Problem
+from step3_hetero.placement.columns import (
+    COARSE_STEP,
+    PACES,
+    STEP,
+    AttentionColumn,
+    FfnColumn,
+    Problem,
+)
 from step3_hetero.placement.pools import Pool
 
 Vector = npt.NDArray[np.float64]
@@ -34,12 +41,21 @@ class Request:
     jitter: float = JITTER
     paces: tuple[tuple[int, float], ...] = PACES
     seconds: float = 30.0  # of one integer program; one that stops early leaves a gap
+    programs: int = 100  # solved at most; more leave a gap
+    pace_step: int | None = None  # in place of the usual ones
 
     def card_cost(self, pool: Pool) -> float:
         """Return what a card adds to the objective: dollars per million seconds, or one."""
         if self.objective == "cards":
             return 1.0
         return pool.card.price() / SECONDS_PER_HOUR * MILLION
+
+    @property
+    def step(self) -> int:
+        """Return the step of the paces that are tried."""
+        if self.pace_step is not None:
+            return self.pace_step
+        return STEP if self.by_ratio and self.objective == "usd" else COARSE_STEP
 
     @property
     def by_ratio(self) -> bool:

@@ -12,6 +12,7 @@
     linear:    [{rows, inner, columns, seconds}]
     attention: [{rows, context, heads, kv_heads, head_dim, seconds}]
     stages:    [{kind, key, rows, context, seconds}]   # of a config's model, with --config
+    choose:    [{rows, seconds}]                       # sampling from logits, with --config
     step_s:    [{rows, seconds}]                       # the engine around the stages, with --config
     crossing:  [{rows, columns, seconds}]              # to the host and back, with --config
     links:     {peers: null, bytes_per_s: null, message_s: null}
@@ -39,7 +40,7 @@ VERSION = 1
 CARD_DTYPE = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "int8": "int8", "float32": "bf16"}
 """The catalogue's precision that a profile's dtype stands for; a host computes bf16 in fp32."""
 
-LISTS = ("linear", "attention", "stages", "step_s", "crossing")
+LISTS = ("linear", "attention", "stages", "choose", "step_s", "crossing")
 NUMBERS = ("bandwidth_bytes_per_s", "flops_per_s", "call_s")
 
 
@@ -65,6 +66,7 @@ class Profile:
     linear: Sequence[Mapping[str, Any]]
     attention: Sequence[Mapping[str, Any]]
     stages: Sequence[Mapping[str, Any]] = ()
+    choose: Sequence[Mapping[str, Any]] = ()
     step_s: Sequence[Mapping[str, Any]] = ()
     crossing: Sequence[Mapping[str, Any]] = ()
     links: Links = field(default_factory=Links)

@@ -20,7 +20,7 @@ from step3_hetero.placement.profile_file import Profile
 from step3_hetero.placement.profile_measure import STAGE_ROWS, stage_key
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.executor import Executor
-from step3_hetero.runtime.microbatch import BatchResult, MicroBatch, StageClock, Ticket
+from step3_hetero.runtime.microbatch import BatchResult, Landed, MicroBatch, StageClock, Ticket
 from step3_hetero.runtime.placing import Placement
 from step3_hetero.runtime.prompting import Prompter
 from step3_hetero.runtime.request import Request, SamplingParams
@@ -63,8 +63,8 @@ def step_seconds(
     for edge in placement.crossing():
         profile = _profile(placement, profiles, edge.source)
         total += at(profile.crossing, batch, 1) * len(edge.tensors)
-    engine = _profile(placement, profiles, "head")
-    return total + at(engine.step_s, batch, 1)
+    head = _profile(placement, profiles, "head")
+    return total + at(head.choose, batch, 1) + at(head.step_s, batch, 1)
 
 
 def _profile(placement: Placement, profiles: Mapping[str, Profile], stage: str) -> Profile:
@@ -109,20 +109,21 @@ class IdleExecutor(Executor):
         self.clock = StageClock()
         self._rows: list[int] = []
 
-    def submit(self, batch: MicroBatch) -> Ticket:
+    def submit(self, batch: MicroBatch, instance: int = 0) -> Ticket:
         """Note how many tokens are wanted."""
         self._rows.append(len(batch.rows))
         return Ticket(len(self._rows))
 
-    def collect(self, deadline_s: float | None = None) -> BatchResult:
+    def collect(self, deadline_s: float | None = None) -> Landed:
         """Return as many zeros."""
-        rows = self._rows.pop(0)
-        return BatchResult(np.zeros(rows, np.int32), [None] * rows)
+        rows = self._rows[-1]
+        result = BatchResult(np.zeros(rows, np.int32), [None] * rows)
+        return Landed(Ticket(len(self._rows)), result)
 
-    def forget_image(self, key: int) -> None:
+    def forget_image(self, key: int, instance: int = 0) -> None:
         """Hold no image."""
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
         """Hold no cache."""
 
     def close(self) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapreplace
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,18 @@ class Floor:
         self.free[rack, pool] -= tp
         slot.used.append({**use, "cards": tp})
         return slot
+
+    def carries(self, home: str, there: float, back: float) -> bool:
+        """Return whether a rack's own uplink has room for traffic from some other rack."""
+        fits = self.into[home] + there <= self.room[home]
+        return fits and self.out[home] + back <= self.room[home]
+
+    def release(self, rack: str, slot: Slot, use: dict[str, Any]) -> None:
+        """Free what one instance has taken of a server."""
+        taken = next(u for u in slot.used if u["role"] == use["role"] and _same(u, use))
+        slot.used.remove(taken)
+        slot.free += taken["cards"]
+        self.free[rack, slot.pool] += taken["cards"]
 
     def give_back(self, rack: str, slot: Slot) -> None:
         """Undo the last `take` of a server."""
@@ -139,7 +152,7 @@ def place_on_racks(outcome: Outcome, inventory: Inventory) -> Placed:
     if isinstance(plan, ColocatedPlan):
         _place_colocated(plan, floor, outcome.request)
         return Placed(outcome, floor.to_json(), 0)
-    counts, flow = _place_split(plan, floor, outcome.request)
+    counts, flow = _counts(plan, _place_split(plan, floor, outcome))
     wanted = sum(n for _, n in plan.attention)
     left = wanted - int(sum(counts[0]))
     if left == 0:
@@ -161,7 +174,7 @@ def _score(request: Request, plan: AnyPlan | None) -> float:
 
 
 def _place_colocated(plan: ColocatedPlan, floor: Floor, request: Request) -> None:
-    number = 0
+    number = -1
     for column, count in plan.columns:
         pool = request.problem.pools[column.pool].name
         racks = [r for r in floor.racks if pool in floor.racks[r]]
@@ -173,50 +186,108 @@ def _place_colocated(plan: ColocatedPlan, floor: Floor, request: Request) -> Non
                 any(floor.take(rack, pool, column.tp, use) for rack in racks)
 
 
-def _place_split(
-    plan: SplitPlan, floor: Floor, request: Request
-) -> tuple[tuple[list[int], list[int]], np.ndarray[Any, Any]]:
-    """Place sets and the instances that feed them; return how many of each, and their tokens."""
-    layers, workload = request.problem.workload.layers, request.problem.workload
-    there = layers * a2f_bytes(workload, request.problem.wire_dtype)
+@dataclass(slots=True)
+class Cell:
+    """One placed FFN set with the attention instances that feed it: columns, tokens and servers."""
+
+    ffn: int
+    fed: list[tuple[int, float]]
+    taken: list[tuple[str, Slot, dict[str, Any]]]
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return bool(a["instance"] == b["instance"])
+
+
+def _place_split(plan: SplitPlan, floor: Floor, outcome: Outcome) -> list[Cell]:
+    """Place sets and the instances that feed them; return those that serve something."""
+    problem = outcome.request.problem
+    layers, workload = problem.workload.layers, problem.workload
+    there = layers * a2f_bytes(workload, problem.wire_dtype)
     back = layers * f2a_bytes(workload)
-    done_a, done_f = [0] * len(plan.attention), [0] * len(plan.ffn)
-    flow = np.zeros_like(plan.flow)
-    for number, (j, share) in enumerate(_sets(plan)):
-        home = _place_set(plan, j, number + 1, floor, share)
+    cells: list[Cell] = []
+    number = 0
+    for j, share in _sets(plan):
+        home, taken = _place_set(plan, j, len(cells), floor, share)
         if home is None:
             continue
-        fed = False
+        cell = Cell(j, [], taken)
         for i, tokens in share:
             column = plan.attention[i][0]
             pool = plan.pools[column.pool].name
             bulk = tokens * plan.ffn[j][0].ep
-            rack = _follow(floor, home, pool, column.tp, bulk * there, bulk * back, sum(done_a) + 1)
-            if rack is not None:
-                done_a[i] += 1
-                flow[i, j] += tokens
-                fed = True
-        done_f[j] += fed
+            use = {"role": "attention", "instance": number}
+            found = _follow(floor, home, pool, column.tp, (bulk * there, bulk * back), use)
+            if found is not None:
+                cell.fed.append((i, tokens))
+                cell.taken.append((*found, use))
+                number += 1
+        cells.append(cell)
+    return _worth_it(plan, cells, floor, outcome)
+
+
+def _worth_it(plan: SplitPlan, cells: list[Cell], floor: Floor, outcome: Outcome) -> list[Cell]:
+    """Return the cells that serve a token cheaper than the best plan that does not split.
+
+    Where uplinks leave a set with few instances, its cards serve better without it. A demand, or
+    most tokens, keep every cell that serves.
+    """
+    request, kept = outcome.request, []
+    for cell in cells:
+        used: list[tuple[int, int]] = [
+            (plan.attention[i][0].pool, plan.attention[i][0].cards) for i, _ in cell.fed
+        ]
+        used.append((plan.ffn[cell.ffn][0].pool, plan.ffn[cell.ffn][0].cards))
+        cost = sum(request.card_cost(plan.pools[p]) * cards for p, cards in used)
+        served = _tokens(plan, cell) * plan.micro_batches / plan.pass_s
+        dear = request.by_ratio and cost > outcome.colocated.score * served
+        if served and not dear:
+            kept.append(cell)
+            continue
+        for rack, slot, use in cell.taken:
+            floor.release(rack, slot, use)
+    return kept
+
+
+def _tokens(plan: SplitPlan, cell: Cell) -> float:
+    """Return the tokens of one micro-batch of a cell: what is sent, at most what the set takes."""
+    most = float(plan.ffn[cell.ffn][0].capacity[plan.clock])
+    return min(sum(tokens for _, tokens in cell.fed), most)
+
+
+def _counts(
+    plan: SplitPlan, cells: Sequence[Cell]
+) -> tuple[tuple[list[int], list[int]], np.ndarray[Any, Any]]:
+    """Return how many of each column are placed, and their tokens."""
+    done_a, done_f = [0] * len(plan.attention), [0] * len(plan.ffn)
+    flow = np.zeros_like(plan.flow)
+    for cell in cells:
+        done_f[cell.ffn] += 1
+        part = _tokens(plan, cell) / sum(tokens for _, tokens in cell.fed)
+        for i, tokens in cell.fed:
+            done_a[i] += 1
+            flow[i, cell.ffn] += tokens * part
     return (done_a, done_f), flow
 
 
 def _sets(plan: SplitPlan) -> Iterator[tuple[int, list[tuple[int, float]]]]:
     """Yield each FFN set with the attention instances that feed it: column and tokens.
 
-    An instance goes to one set whole; what each then gets stays within what it takes, because the
-    instances are dealt out by the planner's flow and no set gets more than its even share.
+    An instance goes to one set whole, the one with the least so far.
     """
     dealt: dict[int, list[list[tuple[int, float]]]] = {
         j: [[] for _ in range(count)] for j, (_, count) in enumerate(plan.ffn)
     }
+    held = {j: [(0.0, n) for n in range(count)] for j, (_, count) in enumerate(plan.ffn)}
     for i, (_, count) in enumerate(plan.attention):
         each = plan.flow[i].sum() / count
         ends = np.cumsum(plan.flow[i]) / max(plan.flow[i].sum(), 1e-12)
         for n in range(count):
             j = int(np.searchsorted(ends, (n + 0.5) / count))
-            sets = dealt[min(j, len(plan.ffn) - 1)]
-            lightest = min(sets, key=lambda s: sum(tokens for _, tokens in s))
-            lightest.append((i, float(each)))
+            j = min(j, len(plan.ffn) - 1)
+            tokens, lightest = held[j][0]
+            heapreplace(held[j], (tokens + float(each), lightest))
+            dealt[j][lightest].append((i, float(each)))
     for j, sets in dealt.items():
         for share in sets:
             yield j, share
@@ -224,8 +295,8 @@ def _sets(plan: SplitPlan) -> Iterator[tuple[int, list[tuple[int, float]]]]:
 
 def _place_set(
     plan: SplitPlan, j: int, number: int, floor: Floor, share: list[tuple[int, float]]
-) -> str | None:
-    """Place a set in the rack with the most room for those that feed it."""
+) -> tuple[str | None, list[tuple[str, Slot, dict[str, Any]]]]:
+    """Place a set in the rack with the most room for those that feed it; None: nowhere."""
     column = plan.ffn[j][0]
     pool = plan.pools[column.pool].name
     feeding = {plan.pools[plan.attention[i][0].pool].name for i, _ in share}
@@ -236,31 +307,32 @@ def _place_set(
         return whole, sum(floor.free.get((rack, p), 0) for p in feeding)
 
     racks = sorted((r for r in floor.racks if pool in floor.racks[r]), key=room, reverse=True)
-    taken: list[tuple[str, Slot]] = []
+    taken: list[tuple[str, Slot, dict[str, Any]]] = []
     for rack in racks:
         while len(taken) < column.ep:
             slot = floor.take(rack, pool, column.tp, use)
             if slot is None:
                 break
-            taken.append((rack, slot))
+            taken.append((rack, slot, use))
         if len(taken) == column.ep:
-            return taken[0][0]
-    for rack, slot in reversed(taken):
+            return taken[0][0], taken
+    for rack, slot, _ in reversed(taken):
         floor.give_back(rack, slot)
-    return None
+    return None, []
 
 
 def _follow(
-    floor: Floor, home: str, pool: str, tp: int, there: float, back: float, number: int
-) -> str | None:
+    floor: Floor, home: str, pool: str, tp: int, traffic: tuple[float, float], use: dict[str, Any]
+) -> tuple[str, Slot] | None:
     """Place an attention instance: with its set where it fits, else where the uplinks carry it."""
-    use = {"role": "attention", "instance": number}
     for rack in _nearest(floor, home, pool, tp):
+        if rack != home and not floor.carries(home, *traffic):
+            return None
         slot = floor.take(rack, pool, tp, use)
         if slot is None:
             continue
-        if floor.carry(rack, home, there, back):
-            return rack
+        if floor.carry(rack, home, *traffic):
+            return rack, slot
         floor.give_back(rack, slot)
     return None
 

@@ -99,6 +99,11 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("gap", f"{plan['gap']:.2%}"),
         ("paper's roofline bound", money(plan["paper_bound"])),
     ]
+    run = plan.get("run")
+    if run:
+        found.append(
+            ("as its pipeline runs", f"{run['tpot_ms']:.1f} ms, {money(run['usd_per_mtok'])}")
+        )
     spread = plan.get("usd_per_mtok_range")
     if spread:
         found.append(("low to high case", f"{money(spread[0])} to {money(spread[1])}"))

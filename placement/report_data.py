@@ -107,6 +107,8 @@ class PlanJson(TypedDict):
     """The low and the high case, where constants are assumed."""
     breakdown: NotRequired[Mapping[str, float]]
     """Part -> $ per million tokens; the parts sum to the objective."""
+    run: NotRequired[Mapping[str, Any]]
+    """What the plan gives as its pipeline runs: tpot_ms, tokens_per_s, usd_per_mtok."""
     cost_by_context: NotRequired[list[ContextLine]]
     pareto: NotRequired[list[ParetoPoint]]
     racks: NotRequired[list[Rack]]

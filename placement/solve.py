@@ -13,7 +13,9 @@ a cost per token is a ratio, which Dinkelbach's method turns into a few such pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,23 @@ class Answer:
     bound: float
 
 
+def quietly(solver: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a solver with the process's stdout closed to it.
+
+    HiGHS writes some of its warnings past Python, straight to file descriptor 1, in the middle of
+    the JSON that goes there.
+    """
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        return solver(*arguments, **options)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class Program:
     """The constraint matrix of a `Mix`, built once for several objectives.
 
@@ -116,7 +135,8 @@ class Program:
         if np.isfinite(most_cost):
             matrix, upper = np.vstack([matrix, self.costs]), np.append(upper, most_cost)
         integral = np.concatenate([np.full(self.ends, int(whole)), np.zeros(len(self.pairs))])
-        return milp(
+        return quietly(
+            milp,
             objective,
             integrality=integral,
             bounds=Bounds(0, np.inf),
@@ -288,7 +308,8 @@ def knapsack(
     matrix, upper = rows, limits
     if least is not None:
         matrix, upper = np.vstack([rows, -served]), np.append(limits, -least)
-    found = milp(
+    found = quietly(
+        milp,
         cost if least is not None else -served,
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, np.inf),

@@ -32,7 +32,12 @@ API_VERSION = 1
 """Raised by one whenever an existing backend would have to change."""
 
 Array = Any
-"""A device array. Only the device that made it knows its type."""
+"""A device array. Only the device that made it knows its type.
+
+Composed stages ask of it: ``shape``; slices along any axis and the rows of its first, by iteration
+too; ``reshape`` with at most one -1; ``out[...] = x`` from an array of its shape and dtype. Slices
+and reshapes may be views, so that kernels get operands that are not contiguous.
+"""
 
 Kernel = Callable[..., Any]
 
@@ -151,6 +156,12 @@ class BatchMeta:
         """Return the number of sequences."""
         return len(self.context_lens)
 
+    def named_slots(self, blocks: int) -> npt.NDArray[np.bool_]:
+        """Return which of ``blocks`` · 128 rows of a cache this batch writes: (blocks, 128)."""
+        named = np.zeros(blocks * LOGICAL_BLOCK, bool)
+        named[self.slots[self.slots >= 0]] = True
+        return named.reshape(blocks, LOGICAL_BLOCK)
+
     def token(self, row: int) -> BatchMeta:
         """Return the batch that holds row ``row`` alone, its context ending at the row itself."""
         seq = int(np.searchsorted(self.query_starts, row, side="right")) - 1
@@ -257,6 +268,7 @@ class Device(ABC):
     def batch(self, meta: BatchMeta) -> Any:
         """Return ``meta`` in the form that ``KVCache.write`` and the attention kernel take.
 
+        Composed stages read ``positions`` of it, a device array (tokens,) int32, for op rope.
         Called once per stage with the same object: keep the last one.
         """
 

@@ -18,6 +18,8 @@ class Op:
     """The meaning of one op.
 
     ``signature`` reads ``inputs -> outputs``, ``meaning`` says what a kernel may not change.
+    Every OpSpec of the op carries its ``parameters`` and its ``dims``, by the names they have in
+    the signature: sizes that are known before a batch is. ``out`` is the sum over the matrices.
     ``prepared`` ops take Weights; the result of an ``exact`` op is defined to the bit.
     """
 
@@ -25,6 +27,7 @@ class Op:
     signature: str
     meaning: str
     parameters: tuple[str, ...] = ()
+    dims: tuple[str, ...] = ()
     prepared: bool = False
     exact: bool = False
 
@@ -36,24 +39,28 @@ _OPS = (
         "Row ids[t] of the table. No scale.",
         prepared=True,
         exact=True,
+        dims=("vocab", "hidden"),
     ),
     Op(
         "merge_rows",
         "x (tokens, hidden), rows (n, hidden), index (n,) int32 -> (tokens, hidden) T",
         "A copy of x whose row index[i] is rows[i]; index -1 is skipped.",
         exact=True,
+        dims=("hidden",),
     ),
     Op(
         "rms_norm",
         "x (..., n), weight (n,) -> (..., n) T",
         "x / sqrt(mean(x²) + eps) in W, rounded to T, then times weight in T: two roundings.",
         ("eps",),
+        dims=("n",),
     ),
     Op(
         "add",
         "x (tokens, hidden), y (tokens, hidden) -> (tokens, hidden) T",
         "x + y.",
         exact=True,
+        dims=("hidden",),
     ),
     Op(
         "linear",
@@ -64,6 +71,7 @@ _OPS = (
         "are never rounded to T.",
         ("out_dtype",),
         prepared=True,
+        dims=("in", "out"),
     ),
     Op(
         "rope",
@@ -71,6 +79,7 @@ _OPS = (
         "Rotates the halves [0:d/2], [d/2:d] of every head by position · theta^(-2i/d). Angles are "
         "float64; cosine and sine are rounded to T, the products and their sum are in W.",
         ("theta",),
+        dims=("heads", "head_dim"),
     ),
     Op(
         "attention",
@@ -80,18 +89,21 @@ _OPS = (
         "probabilities may be rounded to T before the product with v. Padded rows give zeros. "
         "Keys and values are finite: zero times infinity need not be zero.",
         ("scale",),
+        dims=("heads", "kv_heads", "head_dim"),
     ),
     Op(
         "self_attention",
         "q, k, v (images, tokens, heads, head_dim) -> (images, tokens, heads, head_dim) T",
         "As attention, over all tokens of the same image, not causal.",
         ("scale",),
+        dims=("heads", "head_dim"),
     ),
     Op(
         "swiglu",
         "gate_up (tokens, 2·inter) -> (tokens, inter) T",
         "silu(gate) · up in W; gate is the first half of the columns. silu(gate) may be rounded to "
         "T before the product.",
+        dims=("inter",),
     ),
     Op(
         "route",
@@ -99,6 +111,7 @@ _OPS = (
         "Softmax over all experts, then the top_k largest probabilities, falling; of equal "
         "ones the lower expert first. Without renormalise the weights of a row sum to less than 1.",
         ("top_k", "renormalise"),
+        dims=("experts",),
     ),
     Op(
         "experts",
@@ -107,6 +120,7 @@ _OPS = (
         "Σ_j weights[j] · down_j(silu(gate_j·u) · up_j·u). The products with gate, up and down are "
         "rounded to T as linear and swiglu do; the weighted sum is in W. Id -1 adds nothing.",
         prepared=True,
+        dims=("experts", "top_k", "hidden", "inter"),
     ),
     Op(
         "cast",
@@ -124,6 +138,7 @@ _OPS = (
         "rounded. x is finite.",
         ("dtype",),
         exact=True,
+        dims=("n",),
     ),
     Op(
         "dequantise",
@@ -131,12 +146,14 @@ _OPS = (
         "q · scale in float32, rounded to dtype.",
         ("dtype",),
         exact=True,
+        dims=("n",),
     ),
     Op(
         "select_rows",
         "x (tokens, n), rows (k,) int32 -> (k, n) T",
         "Row rows[i] of x, a copy.",
         exact=True,
+        dims=("n",),
     ),
     Op(
         "sample",
@@ -148,32 +165,37 @@ _OPS = (
         "the last possible one for uniform 1. Sums are in float64. Id banned (-1: none) is never "
         "chosen.",
         ("banned",),
+        dims=("vocab",),
     ),
     Op(
         "layer_norm",
         "x (..., n), weight (n,), bias (n,) -> (..., n) T",
         "(x - mean) / sqrt(var + eps) · weight + bias in W, rounded once.",
         ("eps",),
+        dims=("n",),
     ),
-    Op("quick_gelu", "x -> x's shape, T", "x · sigmoid(1.702 x)."),
+    Op("quick_gelu", "x (..., n) -> x's shape, T", "x · sigmoid(1.702 x).", dims=("n",)),
     Op(
         "conv2d",
-        "x (images, height, width, channels), Weights[out, channels, k, k] -> (images, h, w, out)",
+        "x (images, height, width, in), Weights[out, in, kernel, kernel] -> (images, h, w, out)",
         "Cross-correlation with bias, stride and zero padding alike on both axes; channels last.",
         ("stride", "padding"),
         prepared=True,
+        dims=("in", "out", "kernel"),
     ),
     Op(
         "resize",
         "x (height, width, n) -> (size, size, n) W",
         "Bicubic (a = -0.5) with antialias and half-pixel centres, in W, not rounded to T.",
         ("size",),
+        dims=("n",),
     ),
     Op(
         "concat",
-        "arrays (k_i, ...) -> (Σ k_i, ...) T",
+        "arrays (k_i, n) -> (Σ k_i, n) T",
         "One after another, always a copy.",
         exact=True,
+        dims=("n",),
     ),
 )
 

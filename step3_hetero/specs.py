@@ -135,7 +135,7 @@ class EmbedSpec:
         return (
             OpSpec("embed", self.dtype, dims, weight_format=weight_format),
             OpSpec("merge_rows", self.dtype, {"hidden": self.hidden}),
-            OpSpec("concat", self.dtype, {"hidden": self.hidden}),
+            OpSpec("concat", self.dtype, {"n": self.hidden}),
         )
 
 
@@ -188,7 +188,7 @@ class AttentionSpec:
             (self.q_rank, self.heads * self.head_dim),
             (self.heads * self.head_dim, self.hidden),
         ]
-        ops = [OpSpec("rms_norm", self.dtype, {"hidden": self.hidden}, {"eps": self.eps})]
+        ops = [OpSpec("rms_norm", self.dtype, {"n": self.hidden}, {"eps": self.eps})]
         ops += [_linear(self.dtype, k, n, weight_format) for k, n in shapes]
         ops += [
             OpSpec("rope", self.dtype, heads, {"theta": self.theta}),
@@ -257,11 +257,11 @@ class HeadSpec:
         """Return the ops this stage is made of, for ``Backend.supports``."""
         return (
             OpSpec("add", self.dtype, {"hidden": self.hidden}),
-            OpSpec("select_rows", self.dtype, {"hidden": self.hidden}),
-            OpSpec("rms_norm", self.dtype, {"hidden": self.hidden}, {"eps": self.eps}),
+            OpSpec("select_rows", self.dtype, {"n": self.hidden}),
+            OpSpec("rms_norm", self.dtype, {"n": self.hidden}, {"eps": self.eps}),
             _linear(self.dtype, self.hidden, self.vocab, "auto"),
             OpSpec("cast", self.dtype, {}, {"dtype": wide(self.dtype)}),
-            OpSpec("sample", wide(self.dtype), {"vocab": self.vocab}),
+            OpSpec("sample", wide(self.dtype), {"vocab": self.vocab}, {"banned": -1}),
         )
 
 
@@ -294,24 +294,27 @@ class VisionSpec:
         shapes = [(self.width, 3 * self.width), (self.width, self.width)]
         shapes += [(self.width, self.inter), (self.inter, self.width)]
         heads = {"heads": self.heads, "head_dim": self.head_dim}
+        grid = self.image_size // self.patch
         return (
             self._conv(self.channels, self.width, self.patch, self.patch, 0),
             self._conv(self.width, self.down_width, 2, 2, 0),
             self._conv(self.down_width, 2 * self.down_width, 3, self.stride, 1),
-            OpSpec("resize", self.dtype, {"width": self.width}),
+            OpSpec("resize", self.dtype, {"n": self.width}, {"size": grid}),
             OpSpec("cast", wide(self.dtype), {}, {"dtype": self.dtype}),
-            OpSpec("concat", self.dtype, {"width": self.width}),
+            OpSpec("concat", self.dtype, {"n": self.width}),
             *(_linear(self.dtype, k, n, "auto") for k, n in shapes),
-            OpSpec("self_attention", self.dtype, heads),
-            OpSpec("layer_norm", self.dtype, {"width": self.width}, {"eps": self.eps}),
-            OpSpec("quick_gelu", self.dtype, {"inter": self.inter}),
-            OpSpec("add", self.dtype, {"width": self.width}),
+            OpSpec("self_attention", self.dtype, heads, {"scale": float(self.head_dim**-0.5)}),
+            OpSpec("layer_norm", self.dtype, {"n": self.width}, {"eps": self.eps}),
+            OpSpec("quick_gelu", self.dtype, {"n": self.inter}),
+            OpSpec("add", self.dtype, {"hidden": self.width}),
             _linear(self.dtype, 2 * self.down_width, self.hidden, "auto"),
         )
 
     def _conv(self, channels: int, out: int, kernel: int, stride: int, padding: int) -> OpSpec:
         dims = {"in": channels, "out": out, "kernel": kernel}
-        return OpSpec("conv2d", self.dtype, dims, {"stride": stride, "padding": padding})
+        return OpSpec(
+            "conv2d", self.dtype, dims, {"stride": stride, "padding": padding}, weight_format="auto"
+        )
 
 
 StageSpec = EmbedSpec | VisionSpec | AttentionSpec | FfnSpec | HeadSpec

@@ -136,7 +136,7 @@ def test_config_cannot_be_changed_once_read(read):
         ("runtime: {dtype: fp32, max_batch: 8}", "runtime:",
          "run.yaml:11: runtime: expected keys and values, got null"),
         ("runtime: {", "transport: {kind: shn}\nruntime: {",
-         "run.yaml:11: transport.kind: 'shn' is unknown; known: inproc, shm, tcp, nixl"),
+         "run.yaml:11: transport.kind: 'shn' is unknown; known: inproc, shm, tcp"),
         ("runtime: {", "transport: {deadline_s: 0}\nruntime: {",
          "run.yaml:11: transport.deadline_s: 0 is too small; more than 0"),
         ("runtime: {", "transport: {deadline_s: 1e999}\nruntime: {",
@@ -165,16 +165,19 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
 @pytest.mark.parametrize(
     ("old", "new", "want"),
     [
-        ("dtype: fp32", "processes: per-role",
-         "run.yaml:11: runtime.processes: 'per-role' is not available yet; use 'one'"),
+        ("max_batch: 8}", "processes: per-role}\ntransport: {kind: inproc}",
+         "run.yaml:12: transport.kind: 'inproc' carries nothing between processes; use shm, or tcp "
+         "between machines"),
         ("dtype: fp32", "microbatches: 2",
-         "run.yaml:11: runtime.microbatches: 2 is not available yet; use 1"),
+         "run.yaml:11: runtime.microbatches: 2 refused; allowed: 1 with runtime.processes: one; "
+         "set that to per-role"),
         ("dtype: fp32", "kv_dtype: fp8",
          "run.yaml:11: runtime.kv_dtype: 'fp8' is not available yet; use 'auto'"),
         ("dtype: fp32", "fallback: true",
          "run.yaml:11: runtime.fallback: true is not available yet; use false"),
         ("backend: cpu", "backend: cpu\n    instances: 2",
-         "run.yaml:7: roles.a.instances: 2 is not available yet; use 1"),
+         "run.yaml:7: roles.a.instances: 2 refused; allowed: 1 with runtime.processes: one; "
+         "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    tp: 8",
          "run.yaml:7: roles.a.tp: 8 is not available yet; use 1"),
         ("backend: cpu", "backend: cpu\n    ep: 2",
@@ -187,8 +190,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
          "run.yaml:7: roles.a.weights: 'fp8' is not available yet; use 'auto' or 'fp32' or 'bf16'"),
         ("backend: cpu", "backend: cpu\n    emulate: h800",
          "run.yaml:7: roles.a.emulate: 'h800' is not available yet; leave it out"),
-        ("runtime: {", "transport: {key_file: key}\nruntime: {",
-         "run.yaml:11: transport.key_file: 'key' is not available yet; leave it out"),
     ],
 )  # fmt: skip
 def test_value_that_needs_later_work_is_refused(read, old, new, want):

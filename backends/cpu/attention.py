@@ -153,8 +153,8 @@ def _attend(q: Tensor, cache: CpuCache, batch: Batch, number: int, scale: float)
     seqs, queries = group.positions.shape
     heads, head_dim = q.shape[1:]
     compute = q.dtype if q.dtype != torch.bfloat16 or native_bf16() else torch.float32
-    rows = (q * scale if compute == torch.float32 else q).to(compute)
-    rows = rows.view(seqs, queries, heads, head_dim)
+    rows = q.to(compute)
+    rows = (rows * scale if compute == torch.float32 else rows).view(seqs, queries, heads, head_dim)
     step = max(1, SCORES_AT_ONCE // (seqs * heads * min(group.context, KEYS_AT_ONCE)))
     factor = 1.0 if compute == torch.float32 else scale
     parts = [

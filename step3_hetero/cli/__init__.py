@@ -22,8 +22,10 @@ COMMANDS = {
     "plan": "Place a model on pools of unlike cards at the lowest price per token.",
     "simulate": "Run a plan's pipeline on the clock: percentiles, utilisation, a Gantt chart.",
     "profile": "Measure a device for the planner.",
+    "tune": "Time a backend's kernels on this machine's card, keep the quickest.",
     "conformance": "Hold a backend against the reference and certify it.",
     "bisect": "Name the first layer, stage and op where a backend leaves the trusted one.",
+    "role": "Run one role of a config as a process of its own.",
     "checkpoint": "Inspect or quantise a checkpoint.",
 }
 """Each command and its line in ``--help``."""

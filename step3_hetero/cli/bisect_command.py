@@ -113,22 +113,23 @@ def open_subject(config: str, overrides: Sequence[str]) -> Subject:
     Raises:
         ConfigError, BackendNotFound, UnsupportedOp, PlacementError, CheckpointError: as ``load``.
     """
-    from step3_hetero import api
+    from step3_hetero.api import open_prompter
     from step3_hetero.config import Config
     from step3_hetero.conformance.bisect_run import Subject
     from step3_hetero.model.checkpoint import Checkpoint
+    from step3_hetero.runtime import resolving
 
     read = Config.read(Path(config), list(overrides))
-    folder = api.checkpoint_folder(read)
-    checkpoint = Checkpoint.open(folder, api.model_config(read))
-    resolved = api.resolve(read, checkpoint.config)
-    devices = api.stage_devices(resolved, api.open_devices(resolved))
+    folder = resolving.checkpoint_folder(read)
+    checkpoint = Checkpoint.open(folder, resolving.model_config(read))
+    resolved = resolving.resolve(read, checkpoint.config)
+    devices = resolving.stage_devices(resolved, resolving.open_devices(resolved))
     return Subject(
         resolved.model,
         resolved.placement,
         devices,
         checkpoint,
-        api.open_prompter(resolved.model, folder),
+        open_prompter(resolved.model, folder),
         read.runtime.max_batch,
         read.runtime.prefill_chunk,
     )

@@ -29,11 +29,19 @@ Examples:
 @set_option
 @json_option
 def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show placement, edges and bytes of a config, without any hardware."""
-    from step3_hetero.api import open_devices, resolve
-    from step3_hetero.config import Config
+    """Show placement, edges and bytes of a config, without any hardware.
 
-    resolved = resolve(Config.read(Path(config), list(overrides)))
+    A plan that this build cannot run yet is held against the cards of the catalogue.
+    """
+    from step3_hetero.config import Config
+    from step3_hetero.placement.plan_check import check_plan, only_planned
+    from step3_hetero.runtime.resolving import open_devices, resolve
+
+    read = Config.read(Path(config), list(overrides), planned=not here)
+    if only_planned(read) and not here:
+        _show_plan(check_plan(read), as_json)
+        return
+    resolved = resolve(read)
     if here:
         open_devices(resolved)
     placement = resolved.placement
@@ -48,6 +56,17 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
         click.echo(f"note: does not fit: {said}")
     if here:
         click.echo("every device is on this machine and has the memory")
+
+
+def _show_plan(report: dict, as_json: bool) -> None:  # type: ignore[type-arg] # JSON
+    """Print a plan that this build cannot run yet, held against the catalogue's cards."""
+    if as_json:
+        print_json({**report, "here": None})
+        return
+    _print_roles(report)
+    _print_crossing(report)
+    for said in report["not_run_yet"]:
+        click.echo(f"note: a plan, which this build cannot run: {said}")
 
 
 def _print_roles(report: dict) -> None:  # type: ignore[type-arg] # JSON

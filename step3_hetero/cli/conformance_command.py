@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,9 @@ Examples:
   step3-hetero conformance verify vectors.safetensors --backend ascend
 """
 
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C ended: 128 and the signal's number, as shells have it."""
+
 file_argument = click.Path(dir_okay=False, path_type=Path)
 backend_option = click.option(
     "--backend", "target", required=True, metavar="NAME[:INDEX]", help="The device on trial."
@@ -32,6 +36,28 @@ only_option = click.option(
     multiple=True,
     metavar="TERM",
     help="Words that a case's id must contain, or !WORD that it must not. May be repeated.",
+)
+option_option = click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the backend, as in a role's `options`. May be repeated.",
+)
+workers_option = click.option(
+    "--workers",
+    "count",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes; each opens the device.",
+)
+deadline_option = click.option(
+    "--deadline",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    help="Seconds after which a case hangs.",
 )
 scope_option = click.option(
     "--full/--quick", "full", default=False, help="All cases, real sizes too; quick by default."
@@ -45,16 +71,18 @@ def command() -> None:
 
 @command.command("run")
 @backend_option
+@option_option
+@click.option("--interpret", is_flag=True, help="Short for --option interpret=true.")
 @only_option
 @scope_option
 @click.option("--json", "certificate", type=file_argument, help="Write the certificate here.")
 @click.option("--junit", type=file_argument, help="Write a JUnit report here.")
-@click.option("--workers", "count", type=click.IntRange(1), default=1, show_default=True,
-              help="Processes; each opens the device.")  # fmt: skip
-@click.option("--deadline", type=click.FloatRange(1), default=300.0, show_default=True,
-              help="Seconds after which a case hangs.")  # fmt: skip
+@workers_option
+@deadline_option
 def run(
     target: str,
+    options: tuple[str, ...],
+    interpret: bool,
     only: tuple[str, ...],
     full: bool,
     certificate: Path | None,
@@ -62,34 +90,44 @@ def run(
     count: int,
     deadline: float,
 ) -> None:
-    """Run the suite on one device. Exits 1 when a case fails that is no known gap."""
+    """Run the suite on one device. Exits 1 when a case fails that is no known gap.
+
+    Ctrl-C ends the run early; what was found until then is written, as a selection of cases.
+    """
     from step3_hetero.conformance.certificate import certify
     from step3_hetero.conformance.gaps import known_gaps
     from step3_hetero.conformance.junit import write_junit
     from step3_hetero.conformance.suite import Target, apply_gaps, select, workers
 
-    asked = Target.parse(target)
+    asked = Target.parse(target, [*options, *(["interpret=true"] if interpret else [])])
     backend = asked.backend()
     gaps = known_gaps(backend)
     chosen = select(only, full=full)
     _check_folders(certificate, junit)
+    results: list[CaseResult] = []
+    is_whole = True
     with workers(asked, count=count, deadline_s=deadline) as pool:
         info = pool.describe()
-        results = []
         with progress(f"conformance of {asked}") as advance:
-            for result in pool.examine(chosen):
-                results.append(result)
-                advance(len(results), len(chosen))
+            try:
+                for result in pool.examine(chosen):
+                    results.append(result)
+                    advance(len(results), len(chosen))
+            except KeyboardInterrupt:
+                is_whole = False
+                pool.stop()
+    if not is_whole:
+        click.echo(f"interrupted after {len(results)} of {len(chosen)} cases", err=True)
     results = apply_gaps(results, gaps)
     scope: Literal["quick", "full", "selected"] = "full" if full else "quick"
-    found = certify(backend, info, results, "selected" if only else scope)
+    found = certify(backend, info, results, scope if is_whole and not only else "selected")
     _print_run(found, results)
     if certificate is not None:
         found.write(certificate)
     if junit is not None:
         write_junit(junit, f"conformance of {asked}", results)
-    if not found.passed:
-        raise click.exceptions.Exit(1)
+    if not (found.passed and is_whole):
+        raise click.exceptions.Exit(1 if is_whole else INTERRUPTED)
 
 
 @command.command("compare")
@@ -130,59 +168,95 @@ def compare_command(one: Path, other: Path, limit: int, as_json: bool) -> None:
 
 @command.command("record")
 @backend_option
+@option_option
 @only_option
 @scope_option
 @click.option("--out", required=True, type=file_argument, help="The file to write.")
-def record_command(target: str, only: tuple[str, ...], full: bool, out: Path) -> None:
-    """Record inputs, exact results and bounds for a machine that this one cannot meet."""
+def record_command(
+    target: str, options: tuple[str, ...], only: tuple[str, ...], full: bool, out: Path
+) -> None:
+    """Record inputs, exact results and bounds for a machine that this one cannot meet.
+
+    Cases that fail here or are not claimed are left out and told; the whole model is one of them.
+    """
     from step3_hetero.conformance import vectors
     from step3_hetero.conformance.forms import OpTrial
     from step3_hetero.conformance.stages import StageCase
     from step3_hetero.conformance.suite import Target, select
 
-    asked = Target.parse(target)
-    backend = asked.backend()
-    chosen = [t for t in select(only, full=full) if isinstance(t, OpTrial | StageCase)]
+    asked = Target.parse(target, options)
+    asked.backend()
+    every = select(only, full=full)
+    chosen = [t for t in every if isinstance(t, OpTrial | StageCase)]
     _check_folders(out)
-    device = backend.open(asked.index)
+    backend, device = asked.open()
     kept = {}
+    left_out = {t.id: "a whole model is not recorded" for t in every if t not in chosen}
     with progress(f"recording {asked}") as advance:
         for done, (case, parts) in enumerate(vectors.record(backend, device, chosen), 1):
-            kept[case] = parts
+            if isinstance(parts, str):
+                left_out[case] = parts
+            else:
+                kept[case] = parts
             advance(done, len(chosen))
+    for case, why in left_out.items():
+        click.echo(f"left out: {case}: {why}", err=True)
+    if not kept:
+        click.echo(f"{out}: no case to record; nothing is written", err=True)
+        raise click.exceptions.Exit(1)
     vectors.write(out, backend, device, kept)
-    click.echo(f"{out}: {len(kept)} of {len(chosen)} cases, {out.stat().st_size:,} bytes")
+    click.echo(f"{out}: {len(kept)} of {len(every)} cases, {out.stat().st_size:,} bytes")
 
 
 @command.command("verify")
 @click.argument("file", type=file_argument)
 @backend_option
+@option_option
+@click.option("--junit", type=file_argument, help="Write a JUnit report here.")
+@workers_option
+@deadline_option
 @json_option
-def verify_command(file: Path, target: str, as_json: bool) -> None:
+def verify_command(
+    file: Path,
+    target: str,
+    options: tuple[str, ...],
+    junit: Path | None,
+    count: int,
+    deadline: float,
+    as_json: bool,
+) -> None:
     """Run the cases of a vector file here and hold them against what was recorded there."""
     from step3_hetero.conformance import vectors
-    from step3_hetero.conformance.suite import Target
+    from step3_hetero.conformance.cases import trials
+    from step3_hetero.conformance.gaps import known_gaps
+    from step3_hetero.conformance.junit import write_junit
+    from step3_hetero.conformance.suite import Target, apply_gaps, workers
 
-    asked = Target.parse(target)
-    backend = asked.backend()
+    asked = Target.parse(target, options)
+    gaps = known_gaps(asked.backend())
     manifest, cases = vectors.read(file)
-    device = backend.open(asked.index)
+    _check_folders(junit)
+    chosen = [trials()[case] for case in cases]
     results = []
-    with progress(f"verifying on {asked}") as advance:
-        for result in vectors.verify(backend, device, cases):
+    with (
+        workers(asked, count=count, deadline_s=deadline) as pool,
+        progress(f"verifying on {asked}") as advance,
+    ):
+        for result in pool.verify(file, chosen):
             results.append(result)
             advance(len(results), len(cases))
-    failed = [r for r in results if r.status == "failed"]
+    results = apply_gaps(results, gaps)
+    if junit is not None:
+        write_junit(junit, f"vectors on {asked}", results)
+    failed = [r for r in results if r.status in ("failed", "crashed", "timeout")]
     if as_json:
-        print_json({"recorded_on": manifest["backend"], "verified_on": str(asked),
-                    "cases": [_brief(r) for r in results]})  # fmt: skip
+        said = [{**_brief(r), "apart": vectors.apart(r, cases[r.id])} for r in results]
+        print_json({"recorded_on": manifest["backend"], "verified_on": str(asked), "cases": said})
     else:
-        passed = sum(r.status == "passed" for r in results)
-        unclaimed = len(results) - passed - len(failed)
-        click.echo(
-            f"recorded on {manifest['backend']} ({manifest['device']}), verified on {asked}: "
-            f"{passed} passed, {len(failed)} failed, {unclaimed} not claimed"
-        )
+        counts = Counter(r.status for r in results)
+        total = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        where = f"{manifest['backend']} ({manifest['device']})"
+        click.echo(f"recorded on {where}, verified on {asked}: {total}")
         _print_failures(failed)
     if failed:
         raise click.exceptions.Exit(1)

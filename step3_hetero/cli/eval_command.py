@@ -41,9 +41,9 @@ def digits(
     config: str, limit: int | None, ablate: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Ask about held-out handwritten digits: which digit, and the sum of two."""
-    from step3_hetero.api import checkpoint_folder
     from step3_hetero.config import Config
     from step3_hetero.evals.digits import HeldOut, evaluate
+    from step3_hetero.runtime.resolving import checkpoint_folder
 
     held = HeldOut.read(checkpoint_folder(Config.read(config, overrides)))
     with load_engine(config, overrides, ablate=ablate) as engine:

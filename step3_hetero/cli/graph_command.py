@@ -34,9 +34,9 @@ def command(config: str, svg: str | None, overrides: tuple[str, ...], as_json: b
 
     No backend is asked: the roles' backends need not be installed.
     """
-    from step3_hetero.api import stage_graph
     from step3_hetero.config import Config
     from step3_hetero.graph.draw import draw
+    from step3_hetero.runtime.resolving import stage_graph
 
     read = Config.read(Path(config), list(overrides))
     graph = stage_graph(read)

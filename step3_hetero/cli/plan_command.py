@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from step3_hetero.cli.options import json_option, print_json, print_table
-
-if TYPE_CHECKING:
-    from step3_hetero.placement.asked import Asked
 
 EPILOG = """\b
 Examples:
@@ -22,7 +20,8 @@ Examples:
   step3-hetero plan --model step3 --inventory hosts.yaml --tpot-ms 50 --out plan.yaml --json
 \b
 Exclusions: vendors:nvidia+ascend (no edge between the two), dtype:int8 (neither computed nor on
-the wire), rack:r7 (of an inventory).
+the wire), rack:r7 (of an inventory), attention:ascend-910b or ffn:h800 (not on these cards),
+colocated (only plans that split).
 """
 
 
@@ -40,6 +39,7 @@ the wire), rack:r7 (of an inventory).
 )  # fmt: skip
 @click.option("--host-nic-gbit", type=float, help="Rate of one host NIC; reaches any vendor.")
 @click.option("--host-nics-per-server", type=int, help="Host NICs that a server's cards share.")
+@click.option("--pcie-gbytes", type=float, help="PCIe of a card each way, GB/s; 20 assumed.")
 @click.option("--exclude", multiple=True, metavar="KIND:WHAT", help="See below. May be repeated.")
 @click.option("--profile", "profiles", multiple=True, help="A measured device for the data sheet.")
 @click.option(
@@ -51,8 +51,9 @@ the wire), rack:r7 (of an inventory).
 def command(out: str | None, html: str | None, as_json: bool, **options: Any) -> None:
     """Say where attention and FFN should run, what a million tokens costs, and why.
 
-    Exit code 1: nothing is feasible; the reason is printed.
+    Where nothing is feasible: which constraint, by how much, and the nearest change that helps.
     """
+    from step3_hetero.errors import PlacementError
     from step3_hetero.placement.asked import Asked
     from step3_hetero.placement.plan_file import write_plan
     from step3_hetero.placement.plan_json import plan_json
@@ -62,13 +63,14 @@ def command(out: str | None, html: str | None, as_json: bool, **options: Any) ->
     asked = Asked.of(**options)
     placed = place_on_racks(plan(asked.request), asked.servers)
     outcome = placed.outcome
-    document = plan_json(outcome, asked.about_placed(placed))
+    about = replace(asked.about_placed(placed), with_curves=as_json or html is not None)
+    document = plan_json(outcome, about)
     if as_json:
         print_json(_finite(document))
-    else:
-        _show(document, asked)
     if not document["feasible"]:
-        raise SystemExit(1)
+        raise PlacementError(f"no feasible plan: {document['reason']}")
+    if not as_json:
+        _show(document)
     if out is not None:
         for file in write_plan(outcome, document, Path(out), options["model"]):
             click.echo(f"wrote {file}", err=True)
@@ -88,11 +90,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(document: dict[str, Any], asked: Asked) -> None:
-    if not document["feasible"]:
-        click.echo(f"no feasible plan: {document['reason']}")
-        _notes(document["notes"])
-        return
+def _show(document: dict[str, Any]) -> None:
     usd = document["objective_usd_per_mtok"]
     cost = "unpriced" if usd is None else f"${usd:.4f} per million tokens"
     click.echo(f"{document['label']}")
@@ -110,7 +108,7 @@ def _show(document: dict[str, Any], asked: Asked) -> None:
             f"proven: no plan under ${bound:.4f} (gap {document['gap']:.2%}); "
             f"paper's roofline ${paper:.4f}"
         )
-    click.echo(f"bound by {document['binding']}")
+    click.echo(document["binding"])
     rows = [_row("attention", g) for g in document["attention"]["groups"]]
     if document["split"]:
         rows += [_row("FFN", g) for g in document["ffn"]["groups"]]

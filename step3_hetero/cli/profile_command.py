@@ -74,10 +74,10 @@ def _measured(
 
 def _with_model(profile: Profile, bench: Any, backend: str, config: str) -> Profile:
     """Add the stages of a config's model, as this backend would run all of them."""
-    from step3_hetero.api import resolve
     from step3_hetero.config import Config
     from step3_hetero.placement.profile_measure import with_stages
     from step3_hetero.placement.profile_predict import measure_engine
+    from step3_hetero.runtime.resolving import resolve
 
     resolved = resolve(Config.read(Path(config)))
     dtype = resolved.graph.by_name["head"].spec.dtype

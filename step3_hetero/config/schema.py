@@ -30,7 +30,6 @@ from step3_hetero.errors import ConfigError
 
 VERSION = 1
 TRANSPORT_GROUP = "step3_hetero.transports"
-TRANSPORTS = ("inproc", "shm", "tcp", "nixl")
 
 
 def _sentence(text: str, kind: LiteralString = ABOUT_KEY) -> PydanticCustomError:
@@ -84,7 +83,7 @@ def _some(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
 
 
 def _transport(value: str) -> str:
-    known = (*TRANSPORTS, *sorted(ep.name for ep in entry_points(group=TRANSPORT_GROUP)))
+    known = sorted({ep.name for ep in entry_points(group=TRANSPORT_GROUP)})
     if value not in known:
         raise _sentence(f"{shown(value)} is unknown; known: {', '.join(known)}")
     return value
@@ -125,14 +124,14 @@ class Role(_Section):
         tuple[Annotated[int, Field(ge=0)], ...] | None, Field(strict=False), AfterValidator(_some)
     ] = None
     """Device numbers of the backend; None takes them from 0 on."""
-    instances: Annotated[Count, _later(1)] = 1
-    tp: Annotated[Count, _later(1)] = 1
-    ep: Annotated[Count, _later(1)] = 1
+    instances: Count = 1
+    tp: Count = 1
+    """Cards that share each of an instance's stages."""
+    ep: Count = 1
+    """Instances that share the experts: one set."""
     spares: Annotated[int, Field(ge=0), _later(0)] = 0
     hosts: Annotated[tuple[Name, ...] | None, Field(strict=False), _later(None)] = None
-    weights: Annotated[
-        Literal["auto", "fp32", "bf16", "fp8", "int8"], _later("auto", "fp32", "bf16")
-    ] = "auto"
+    weights: Literal["auto", "fp32", "bf16", "fp8", "int8"] = "auto"
     """The format in device memory; auto keeps `runtime.dtype`."""
     emulate: Annotated[Name | None, _later(None)] = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -147,16 +146,18 @@ class Role(_Section):
 class Runtime(_Section):
     """How the engine runs, for all roles."""
 
-    processes: Annotated[Literal["one", "per-role"], _later("one")] = "one"
+    processes: Literal["one", "per-role"] = "one"
+    """One process for all roles, or one for each instance of each role."""
     dtype: Literal["model", "fp32", "bf16", "fp64"] = "model"
     """Of activations; model is what the checkpoint says. The reference alone computes in fp64."""
     batch_invariant: bool = False
     """A sequence's tokens do not depend on what else is in the batch, bit for bit."""
     router_logits: Literal["fp32", "model"] = "fp32"
-    microbatches: Annotated[Count, _later(1)] = 1
+    microbatches: Annotated[int, Field(ge=1, le=64)] = 1
+    """Micro-batches under way at a time on each attention instance."""
     max_batch: Count = 64
     """Sequences in one step."""
-    kv_dtype: Annotated[Literal["auto", "bf16", "fp8", "int8"], _later("auto")] = "auto"
+    kv_dtype: Literal["auto", "bf16", "fp8", "int8"] = "auto"
     kv_blocks: Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)] = "auto"
     """Logical blocks of 128 tokens; auto fills the memory that the weights leave."""
     prefill_chunk: Count = 512
@@ -174,7 +175,21 @@ class Transport(_Section):
     """Counted from the peer's last sign of life."""
     a2f_dtype: WireDtype = "auto"
     f2a_dtype: WireDtype = "auto"
-    key_file: Annotated[Name | None, _later(None)] = None
+    key_file: Name | None = None
+    """A file, relative to this one, whose content peers have to know; needed beyond loopback."""
+
+
+ROLE_READY: Mapping[str, tuple[object, ...]] = {
+    "tp": (1,),
+    "ep": (1,),
+    "weights": ("auto", "fp32", "bf16"),
+}
+"""What this build runs, of keys whose other values only a plan may hold."""
+
+RUNTIME_READY: Mapping[str, tuple[object, ...]] = {
+    "microbatches": (1, 2, 3, 4),
+    "kv_dtype": ("auto",),
+}
 
 
 class Config(_Section):
@@ -193,8 +208,12 @@ class Config(_Section):
     _document: Document = PrivateAttr()
 
     @classmethod
-    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def read(
+        cls, path: str | Path, overrides: Sequence[str] = (), *, planned: bool = False
+    ) -> Self:
         """Read a file, then apply overrides such as ``roles.f.backend=cpu``.
+
+        ``planned``: a file with ``predicted`` may hold what this build cannot run yet.
 
         Raises:
             ConfigError: it cannot be read or breaks a rule; one line, ``run.yaml:9: ...``.
@@ -202,7 +221,10 @@ class Config(_Section):
         document = Document.read(Path(path))
         for override in overrides:
             document.override(override)
-        return cls._of(document, Path(path).parent)
+        config = cls._of(document, Path(path).parent)
+        if not planned or config.predicted is None:
+            refuse(list(config.unready()))
+        return config
 
     @classmethod
     def from_dict(
@@ -213,7 +235,9 @@ class Config(_Section):
         Raises:
             ConfigError: a rule is broken; the message starts with ``name`` in the place of a line.
         """
-        return cls._of(Document.of(mapping, name), Path(base))
+        config = cls._of(Document.of(mapping, name), Path(base))
+        refuse(list(config.unready()))
+        return config
 
     @classmethod
     def _of(cls, document: Document, base: Path) -> Self:
@@ -227,12 +251,38 @@ class Config(_Section):
         refuse([*problems, *config._conflicts()])
         return config
 
+    def unready(self) -> Iterator[Problem]:
+        """Yield each key whose value this build cannot run yet, with what it can."""
+        sections: list[tuple[str, BaseModel, Mapping[str, tuple[object, ...]]]] = [
+            (f"roles.{name}", role, ROLE_READY) for name, role in self.roles.items()
+        ]
+        for prefix, section, ready in [*sections, ("runtime", self.runtime, RUNTIME_READY)]:
+            for key, values in ready.items():
+                value = getattr(section, key)
+                if value not in values:
+                    place = self._document.place([*prefix.split("."), key])
+                    use = " or ".join(map(shown, values))
+                    said = f"{prefix}.{key}: {shown(value)} is not available yet; use {use}"
+                    yield Problem(place, said)
+
     def _conflicts(self) -> Iterator[Problem]:
         """Yield what is wrong between keys, or between a key and the disk."""
         if "/" in self.model and self.model_path is None:
             message = f"model: no folder {str(self._base / self.model)!r}"
             yield Problem(self._document.place(["model"]), message)
+        if self.runtime.processes == "per-role" and self.transport.kind == "inproc":
+            place = self._document.place(("transport", "kind"))
+            message = "transport.kind: 'inproc' carries nothing between processes"
+            yield Problem(place, f"{message}; use shm, or tcp between machines")
+        if self.runtime.processes == "one" and self.runtime.microbatches > 1:
+            place = self._document.place(("runtime", "microbatches"))
+            message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
+            yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
         for name, role in self.roles.items():
+            if self.runtime.processes == "one" and role.instances > 1:
+                place = self._document.place(("roles", name, "instances"))
+                message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"
+                yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
             ranks = role.instances * role.tp + role.spares
             if role.devices is not None and len(role.devices) != ranks:
                 key = ("roles", name, "devices")
@@ -247,6 +297,15 @@ class Config(_Section):
             return folder if folder.is_dir() else None
         except OSError:  # a name too long for the file system, or not ours to look at
             return None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._base
+
+    def values(self) -> dict[str, Any]:
+        """Return what was written, overrides applied, as plain data for ``from_dict``."""
+        return dict(self._document.values)
 
     def where(self, key: str) -> str:
         """Return where a key such as ``roles.f.stages.0`` was written, as ``run.yaml:9``.

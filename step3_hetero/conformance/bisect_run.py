@@ -32,7 +32,7 @@ from step3_hetero.runtime.engine import Progress
 from step3_hetero.runtime.executor import Executor, LoadedStage
 from step3_hetero.runtime.loader import open_cache, stage_weights
 from step3_hetero.runtime.local import LocalExecutor
-from step3_hetero.runtime.microbatch import BatchResult, MicroBatch, StageClock, Ticket
+from step3_hetero.runtime.microbatch import Landed, MicroBatch, StageClock, Ticket
 from step3_hetero.runtime.placing import Placement
 from step3_hetero.runtime.prompting import Prompter
 from step3_hetero.specs import HostArray, TensorSource
@@ -158,7 +158,7 @@ class Chains(Executor):
         self._trusted = trusted
         self._others = others
 
-    def submit(self, batch: MicroBatch) -> Ticket:
+    def submit(self, batch: MicroBatch, instance: int = 0) -> Ticket:
         """Run the batch everywhere; the trusted result alone is given out."""
         ticket = self._trusted.submit(batch)
         for other in self._others:
@@ -167,16 +167,16 @@ class Chains(Executor):
         self.recorder.step += 1
         return ticket
 
-    def collect(self, deadline_s: float | None = None) -> BatchResult:
+    def collect(self, deadline_s: float | None = None) -> Landed:
         """Return the trusted chain's oldest result."""
         return self._trusted.collect(deadline_s)
 
-    def forget_image(self, key: int) -> None:
+    def forget_image(self, key: int, instance: int = 0) -> None:
         """Drop an image everywhere."""
         for chain in (self._trusted, *self._others):
             chain.forget_image(key)
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
         """Copy blocks everywhere."""
         for chain in (self._trusted, *self._others):
             chain.copy_blocks(pairs)

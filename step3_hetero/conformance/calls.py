@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,17 +84,25 @@ def logged(device: Device, mine: str, borrows: tuple[str, ...]) -> Iterator[Call
     log.warned += [str(w.message) for w in caught if "fall" in str(w.message).lower()]
 
 
+TRIPS = ("to_host", "from_host", "copy_in", "copy_out")
+"""A device's own ways to and from the host."""
+
+
 @contextmanager
 def _trips_counted(device: Device, log: CallLog) -> Iterator[None]:
-    """Note each call of the device's own ways to and from the host."""
-    names = ("to_host", "from_host", "copy_in", "copy_out")
-    for name in names:
-        object.__setattr__(device, name, _noting(getattr(device, name), name, log))
+    """Note each call of the device's ways to the host: a class of its own watches, for a while.
+
+    Its instances need not have a dictionary: a subclass without slots has the same layout.
+    """
+    own = type(device)
+    noted = {name: _noting(getattr(own, name), name, log) for name in TRIPS}
+    said: dict[str, Any] = {"__slots__": (), **noted}
+    watched: Any = types.new_class(own.__name__, (own,), {}, lambda body: body.update(said))
+    object.__setattr__(device, "__class__", watched)
     try:
         yield
     finally:
-        for name in names:
-            object.__delattr__(device, name)
+        object.__setattr__(device, "__class__", own)
 
 
 def _noting(method: Any, name: str, log: CallLog) -> Any:

@@ -73,12 +73,18 @@ class Case:
 
     def specs(self) -> tuple[OpSpec, ...]:
         """Return what a device must claim for this case to be its business."""
-        dims = {n: size if isinstance(size, int) else max(size, default=0)
+        largest = sum if self.op == "linear" else max  # matrices side by side; sequences
+        dims = {n: size if isinstance(size, int) else largest(size or (0,))
                 for n, size in self.dims.items()}  # fmt: skip
+        parameters = dict(self.parameters)
+        if self.op == "linear":
+            parameters.setdefault("out_dtype", self.dtype)
         kv = self.dtype if self.op in ("attention", "kv_cache") else None
         op = "attention" if self.op == "kv_cache" else self.op
+        if self.op == "kv_cache":
+            dims, parameters = {"heads": self.size("kv_heads"), **dims}, {"scale": 1.0}
         weights = (self.held or "auto") if OPS[op].prepared else None
-        return (OpSpec(op, self.dtype, dims, self.parameters, weights, kv),)
+        return (OpSpec(op, self.dtype, dims, parameters, weights, kv),)
 
 
 def _said(size: int | tuple[int, ...]) -> str:

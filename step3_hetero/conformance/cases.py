@@ -49,16 +49,16 @@ ROWS = (
     *op("cast", {"tokens": 16, "n": 96}, dtype="float32", dtypes=("bfloat16",)),
     *op("cast", {"tokens": 16, "n": 96}, dtype="bfloat16", draw="infinities", dtypes=FP32),
     *op("cast", {"tokens": 0, "n": 96}, dtype="bfloat16", dtypes=FP32),
-    *op("concat", {"rows": (3, 0, 5), "hidden": 40}),
-    *op("concat", {"rows": (1,), "hidden": 40}),
+    *op("concat", {"rows": (3, 0, 5), "n": 40}),
+    *op("concat", {"rows": (1,), "n": 40}),
     *op("embed", {"tokens": 9, "vocab": 67, "hidden": 40}),
     *op("embed", {"tokens": 0, "vocab": 67, "hidden": 40}),
     *op("embed", {"tokens": 64, "vocab": 4096, "hidden": 7168}, full=True),
     *op("merge_rows", {"tokens": 11, "rows": 6, "hidden": 40}),
     *op("merge_rows", {"tokens": 11, "rows": 0, "hidden": 40}),
     *op("merge_rows", {"tokens": 600, "rows": 169, "hidden": 7168}, full=True),
-    *op("select_rows", {"tokens": 11, "rows": 6, "hidden": 40}),
-    *op("select_rows", {"tokens": 11, "rows": 0, "hidden": 40}),
+    *op("select_rows", {"tokens": 11, "rows": 6, "n": 40}),
+    *op("select_rows", {"tokens": 11, "rows": 0, "n": 40}),
 )
 
 QUANTISATION = (
@@ -67,6 +67,7 @@ QUANTISATION = (
     *(c for w in WIRE for c in op("quantise", {"tokens": 7, "n": 300}, dtype=w, draw="spread")),
     *(c for w in WIRE for c in op("quantise", {"tokens": 5, "n": 128}, dtype=w, draw="halfway")),
     *(c for w in WIRE for c in op("quantise", {"tokens": 0, "n": 256}, dtype=w)),
+    *(c for w in WIRE for c in op("quantise", {"tokens": 40, "n": 256}, dtype=w, draw="extremes")),
     *(c for w in WIRE for c in op("quantise", {"tokens": 64, "n": 7168}, dtype=w)),
     *(c for w in WIRE for d in ("float32", "bfloat16")
       for c in op("dequantise", {"tokens": 7, "n": 300}, dtype=d, stored=w, dtypes=FP32)),
@@ -74,7 +75,7 @@ QUANTISATION = (
 
 LINEAR = (
     *op("linear", {"tokens": 1, "in": 96, "out": (40, 8)}),
-    *op("linear", {"tokens": 17, "in": 96, "out": (40,)}, draw="biased-"),
+    *op("linear", {"tokens": 17, "in": 96, "out": (40,)}, draw="biased"),
     *op("linear", {"tokens": 0, "in": 96, "out": (40,)}),
     *op("linear", {"tokens": 33, "in": 95, "out": (39,)}),
     *op("linear", {"tokens": 9, "in": 96, "out": (40,)}, draw="overflow"),
@@ -92,7 +93,7 @@ LINEAR = (
     *op("linear", {"tokens": 64, "in": 7168, "out": (48,)}, out_dtype="float32"),
     *op("linear", {"tokens": 8, "in": 7168, "out": (2048, 256, 256)}, stored=FP8, full=True),
     *op("linear", {"tokens": 1, "in": 32768, "out": (64,)}),
-    *op("linear", {"tokens": 173, "in": 1792, "out": (5376,)}, draw="biased-", full=True),
+    *op("linear", {"tokens": 173, "in": 1792, "out": (5376,)}, draw="biased", full=True),
 )
 
 ACTIVATION = (
@@ -187,13 +188,15 @@ EXPERTS = (
 )  # fmt: skip
 
 VISION = (
-    *op("conv2d", {"images": 2, "side": 8, "in": 6, "out": 10, "kernel": 2}, stride=2, padding=0),
-    *op("conv2d", {"images": 1, "side": 9, "in": 6, "out": 4, "kernel": 3}, stride=2, padding=1),
-    *op("conv2d", {"images": 1, "side": 56, "in": 3, "out": 1792, "kernel": 14}, stride=14,
-        padding=0, full=True),
-    *op("resize", {"side": 8, "width": 48}, size=5),
-    *op("resize", {"side": 8, "width": 48}, size=11),
-    *op("resize", {"side": 52, "width": 96}, size=36, full=True),
+    *op("conv2d", {"images": 2, "height": 8, "width": 9, "in": 6, "out": 10, "kernel": 2},
+        stride=2, padding=0),
+    *op("conv2d", {"images": 1, "height": 9, "width": 10, "in": 6, "out": 4, "kernel": 3},
+        stride=2, padding=1),
+    *op("conv2d", {"images": 1, "height": 56, "width": 57, "in": 3, "out": 1792, "kernel": 14},
+        stride=14, padding=0, full=True),
+    *op("resize", {"side": 8, "n": 48}, size=5),
+    *op("resize", {"side": 8, "n": 48}, size=11),
+    *op("resize", {"side": 52, "n": 96}, size=36, full=True),
 )  # fmt: skip
 
 OPS_CASES = (*NORMS, *ROWS, *QUANTISATION, *LINEAR, *ACTIVATION, *ROPE, *ATTENTION, *ROUTING,

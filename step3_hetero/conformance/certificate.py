@@ -20,7 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Va
 from step3_hetero.backend import Backend, DeviceInfo, Tier
 from step3_hetero.conformance.cases import trials
 from step3_hetero.conformance.digests import digests
-from step3_hetero.conformance.exam import CaseResult, Status
+from step3_hetero.conformance.exam import CaseResult, Status, refusal
+from step3_hetero.conformance.text_layer import missing_text_ops
 from step3_hetero.errors import ConfigError
 from step3_hetero.specs import OpSpec
 
@@ -32,10 +33,6 @@ LARGEST_BYTES = 64 << 20
 
 UNJUDGED = ("float16", "float64")
 """Dtypes that no case has; a backend that claims them claims what nothing here can test."""
-
-TEXT_LAYER = ("rms_norm", "linear", "rope", "attention", "add", "route", "cast", "experts",
-              "swiglu", "embed", "select_rows", "sample")  # fmt: skip
-"""What a Step-3 text model is made of: a backend has to claim at least these."""
 
 
 def _number(value: Any) -> Any:
@@ -102,6 +99,7 @@ class Certificate(_Record):
     date: str
     machine: str
     python: str
+    numpy: str
     scope: Literal["quick", "full", "selected"]
     digests: dict[str, str]
     text_layer: bool
@@ -167,6 +165,7 @@ def certify(
         date=datetime.now(UTC).date().isoformat(),
         machine=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
+        numpy=_numpy(),
         scope=scope,
         digests=digests(backend),
         text_layer=not missing,
@@ -177,17 +176,6 @@ def certify(
     )
 
 
-def missing_text_ops(backend: Backend, info: DeviceInfo) -> list[str]:
-    """Return the ops of a text layer that a device claims in no dtype."""
-    claimed = {
-        spec.op
-        for trial in trials().values()
-        for spec in trial.specs()
-        if trial.op == spec.op and backend.supports(info, spec) is None
-    }
-    return [op for op in TEXT_LAYER if op not in claimed]
-
-
 def claimed_untested(
     backend: Backend, info: DeviceInfo, results: Sequence[CaseResult]
 ) -> list[str]:
@@ -195,7 +183,7 @@ def claimed_untested(
     tried = {(r.op, r.dtype) for r in results if r.status != "unclaimed"}
     found = []
     for (op, dtype), spec in _askable().items():
-        if (op, dtype) not in tried and backend.supports(info, spec) is None:
+        if (op, dtype) not in tried and refusal(backend, info, spec) is None:
             found.append(f"{op} {dtype}")
     return found
 
@@ -231,6 +219,15 @@ def _record(result: CaseResult) -> CaseRecord:
 
 def _rounded(x: float) -> float:
     return float(f"{x:.4g}")
+
+
+def _numpy() -> str:
+    """Return the versions of NumPy and of its BLAS, which judge by the reference."""
+    import numpy as np
+
+    built = np.show_config(mode="dicts")
+    blas = built.get("Build Dependencies", {}).get("blas", {}) if isinstance(built, dict) else {}
+    return f"{np.__version__} ({blas.get('name', 'BLAS')} {blas.get('version', 'unknown')})"
 
 
 def _package(backend: Backend) -> str:

@@ -78,6 +78,15 @@ def halfway(rng: np.random.Generator, shape: tuple[int, ...]) -> Float64:
     return halves
 
 
+def extremes(rng: np.random.Generator, shape: tuple[int, ...]) -> Float64:
+    """Rows of plus and minus one magnitude, from 1e-38 to 3e38: every code is a format's largest.
+
+    A scale that is rounded up or down must neither wrap nor pass the format's end.
+    """
+    sizes = np.power(10.0, rng.uniform(-37.5, 38.4, (*shape[:-1], 1)))
+    return np.copysign(sizes * np.ones(shape), normal(rng, shape))
+
+
 DRAWS: Mapping[str, Draw] = {
     "normal": normal,
     "tiny": scaled(1e-3),  # squares near eps: an eps that is wrong shows
@@ -90,6 +99,7 @@ DRAWS: Mapping[str, Draw] = {
     "offset": offset,
     "overflowing": overflowing,
     "halfway": halfway,
+    "extremes": extremes,
 }
 """Distributions of real inputs by the name that a case carries."""
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from step3_hetero.backend import Array, Backend, Device
+from step3_hetero.backend import Array, Backend, Device, DeviceInfo
 from step3_hetero.conformance.calls import CallLog, logged
 from step3_hetero.conformance.case import Inputs
 from step3_hetero.conformance.guards import Guarded, guarded
+from step3_hetero.conformance.last import Last
 from step3_hetero.conformance.sketch import sketch_of
 from step3_hetero.conformance.tolerance import Judged
 from step3_hetero.conformance.trial import (
@@ -25,7 +26,8 @@ from step3_hetero.conformance.trial import (
     expected_of,
     host_results,
 )
-from step3_hetero.specs import HostArray
+from step3_hetero.errors import UnsupportedOp
+from step3_hetero.specs import HostArray, OpSpec
 
 Status = Literal["passed", "failed", "unclaimed", "known gap", "crashed", "timeout"]
 
@@ -65,6 +67,15 @@ class CaseResult:
     sketch: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run: in which way it was one, which results lie elsewhere, and who worked."""
+
+    how: str
+    elsewhere: Mapping[str, str]
+    log: CallLog
+
+
 class Exam:
     """The runs of one case on one device; checks ask for those they need."""
 
@@ -79,6 +90,32 @@ class Exam:
         self.device = device
         self.trial = trial
         self.inputs, self.expected = given or expected_of(trial)
+        self.runs: list[Run] = []
+        self._remembered: dict[str, Any] = {}
+        self._judged = Last()
+
+    def ran(self, how: str, work: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
+        """Run once more, noting who works and where the results lie; ``how`` is empty once."""
+        with logged(self.device, self.backend.name, self.backend.borrows) as log:
+            outputs = work()
+        elsewhere = {n: type(x).__name__ for n, x in outputs.items() if not self.device.owns(x)}
+        self.runs.append(Run(how, elsewhere, log))
+        return outputs
+
+    def results(self, how: str, work: Callable[[], Mapping[str, Array]]) -> Results:
+        """Run once more and bring the results to the host."""
+        return host_results(self.device, self.ran(how, work))
+
+    def call(self, how: str, inputs: Inputs) -> Results:
+        """Place ``inputs`` and run the case on them."""
+        placed = self.trial.place(self.device, inputs, self.trial.dtype)
+        return self.results(how, lambda: self.trial.call(self.device, placed, self.trial.dtype))
+
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what was made under this name, made when first asked for."""
+        if name not in self._remembered:
+            self._remembered[name] = make()
+        return self._remembered[name]
 
     @cached_property
     def placed(self) -> Any:
@@ -87,33 +124,24 @@ class Exam:
 
     @cached_property
     def outputs(self) -> Mapping[str, Array]:
-        """Return the first run's results where they are, noting who worked."""
+        """Return the plain run's results where they are."""
         placed = self.placed
-        with logged(self.device, self.backend.name, self.backend.borrows) as log:
-            outputs = self.trial.call(self.device, placed, self.trial.dtype)
-        self._log = log
-        return outputs
+        return self.ran("", lambda: self.trial.call(self.device, placed, self.trial.dtype))
 
     @cached_property
     def got(self) -> Results:
-        """Return the first run's results on the host."""
+        """Return the plain run's results on the host."""
         return host_results(self.device, self.outputs)
 
     @cached_property
-    def log(self) -> CallLog:
-        """Return who worked in the first run."""
-        assert self.got is not None
-        return self._log
-
-    @cached_property
     def arrays_after(self) -> Results:
-        """Return the inputs as they are after the first run."""
+        """Return the inputs as they are after the plain run."""
         assert self.got is not None
         return {n: self.device.to_host(x) for n, x in self.placed.arrays.items()}
 
     @cached_property
     def cache_after(self) -> dict[str, HostArray]:
-        """Return keys and values in the cache after the first run."""
+        """Return keys and values in the cache after the plain run."""
         assert self.got is not None
         return cache_content(self.placed.cache)
 
@@ -121,21 +149,19 @@ class Exam:
     def again(self) -> Results:
         """Return what a second run with the same inputs gives."""
         assert self.arrays_after is not None
-        placed = self.trial.place(self.device, self.inputs, self.trial.dtype)
-        return host_results(self.device, self.trial.call(self.device, placed, self.trial.dtype))
+        return self.call("a second time", self.inputs)
 
     @cached_property
     def after_next_call(self) -> Results:
-        """Return the first run's results as they are after a call with other inputs."""
+        """Return the plain run's results as they are after a call with other inputs."""
         assert self.got is not None
         turned = {n: x[::-1].copy() for n, x in self.inputs.arrays.items()}
-        other = self.trial.place(self.device, replace(self.inputs, arrays=turned), self.trial.dtype)
-        self.trial.call(self.device, other, self.trial.dtype)
+        self.call("with other inputs", replace(self.inputs, arrays=turned))
         return host_results(self.device, self.outputs)
 
     @cached_property
     def after_inputs_change(self) -> Results:
-        """Return the first run's results as they are once its inputs are overwritten."""
+        """Return the plain run's results as they are once its inputs are overwritten."""
         assert self.arrays_after is not None
         for name, x in self.inputs.arrays.items():
             if x.size:
@@ -153,25 +179,29 @@ class Exam:
 
         placed = self.trial.place(self.device, self.inputs, self.trial.dtype)
         placed.arrays = {n: fence(n, x) for n, x in self.inputs.arrays.items()}
-        run = getattr(self.trial, "call_into", None)
-        if run is None:
-            outputs = self.trial.call(self.device, placed, self.trial.dtype)
+        how, into = "between sentinels", getattr(self.trial, "call_into", None)
+        if into is None:
+            outputs = self.ran(how, lambda: self.trial.call(self.device, placed, self.trial.dtype))
         else:  # what counts is what lies in the buffers, not what is returned
             own = self.expected.own
-            outputs = {n: fence(f"result {n}", np.zeros_like(x)) for n, x in own.items()}
-            run(placed, outputs)
+            buffers = {n: fence(f"result {n}", np.zeros_like(x)) for n, x in own.items()}
+            self.ran(how, lambda: into(placed, buffers))
+            outputs = buffers
         results = host_results(self.device, outputs)
         return results, [n for n, fenced in fences.items() if fenced.disturbed(self.device)]
 
     def judged(self, results: Results) -> dict[str, Judged]:
         """Hold the real-number outputs against the exact ones, but for rows that may differ."""
+        found: dict[str, Judged] = self._judged.get(results, None, lambda: self._judge(results))
+        return found
+
+    def _judge(self, results: Results) -> dict[str, Judged]:
         e, found = self.expected, {}
         for name, own in e.own.items():
             got = results.get(name)
             if self.trial.exact or own.dtype.kind in "iub" or got is None or got.shape != own.shape:
                 continue
-            keep = self.counted(name, len(own))
-            found[name] = e.judged(name, got, keep)
+            found[name] = e.judged(name, got, self.counted(name, len(own)))
         return found
 
     def counted(self, name: str, rows: int) -> HostArray:
@@ -184,12 +214,31 @@ Check = Callable[[Exam], Iterable[str]]
 """Looks at one exam and says what is wrong, a sentence each."""
 
 
+def refusal(backend: Backend, info: DeviceInfo, spec: OpSpec) -> str | None:
+    """Return why a device does not claim an op, or None; an exception of ``supports`` is a why."""
+    try:
+        return backend.supports(info, spec)
+    except Exception as error:  # a vendor's code may raise anything
+        return f"supports raises {described(error)}"
+
+
 def unclaimed(backend: Backend, device: Device, trial: Claims) -> str | None:
-    """Return why a device does not claim a case, or None."""
+    """Return why a device does not claim a case, or None.
+
+    Weights in a dtype that a device does not list as stored may be refused by ``prepare`` too.
+    """
     for spec in trial.specs():
-        if reason := backend.supports(device.info, spec):
+        if reason := refusal(backend, device.info, spec):
             return f"{spec}: {reason}"
     return None
+
+
+def described(error: BaseException) -> str:
+    """Return an exception in words, whatever its class does when asked."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def examine(
@@ -209,9 +258,15 @@ def examine(
 
     start = time.perf_counter()
     if reason := unclaimed(backend, device, trial):
-        return CaseResult(trial.id, trial.op, trial.dtype, "unclaimed", reason=reason)
+        raises = "supports raises" in reason
+        return CaseResult(
+            trial.id, trial.op, trial.dtype, "failed" if raises else "unclaimed",
+            (Finding(RUNS, reason),) if raises else (), reason="" if raises else reason,
+        )  # fmt: skip
     exam = Exam(backend, device, trial, given)
     with np.errstate(all="ignore"):
+        if reason := _not_stored(exam):
+            return CaseResult(trial.id, trial.op, trial.dtype, "unclaimed", reason=reason)
         findings = list(_findings(exam, CHECKS if checks is None else checks))
         raised = any(f.check == RUNS for f in findings)
         worst, error, bound = (float("inf"), 0.0, 0.0) if raised else _figures(exam)
@@ -230,6 +285,20 @@ def examine(
     )
 
 
+def _not_stored(exam: Exam) -> str | None:
+    """Return the refusal of a dtype that the device does not say it stores, or None."""
+    stored, dtypes = exam.trial.stored, exam.device.info.dtypes
+    if not stored or stored in (*dtypes.stored, *dtypes.wire):
+        return None
+    try:
+        assert exam.placed is not None
+    except UnsupportedOp as error:
+        return f"{stored} weights: {error}"
+    except Exception:
+        return None  # the checks meet it again and tell it
+    return None
+
+
 def _sketches(exam: Exam) -> dict[str, list[float]]:
     own, got = exam.expected.own, exam.got
     shapes_agree = all(n in got and got[n].shape == x.shape for n, x in own.items())
@@ -243,7 +312,7 @@ def _findings(exam: Exam, checks: Mapping[str, Check]) -> Iterator[Finding]:
         try:
             yield from [Finding(name, message) for message in check(exam)]
         except Exception as error:  # a vendor's code may raise anything
-            yield Finding(RUNS, f"{type(error).__name__}: {error}")
+            yield Finding(RUNS, described(error))
             return
 
 

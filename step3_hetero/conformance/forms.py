@@ -34,11 +34,15 @@ class Placed:
 
 @dataclass(frozen=True)
 class Form:
-    """One op's way of being tried."""
+    """One op's way of being tried.
+
+    ``rows`` are the inputs that have one row for each row of the results, if rows are independent.
+    """
 
     draw: Callable[[Case, Rng], Inputs]
     call: Callable[[Device, Case, Placed], tuple[Array, ...]]
     outputs: tuple[str, ...] = ("out",)
+    rows: tuple[str, ...] = ()
 
 
 def place(device: Device, case: Case, inputs: Inputs, dtype: str) -> Placed:
@@ -86,13 +90,15 @@ def call_attention(device: Device, case: Case, placed: Placed) -> tuple[Array, .
 
 
 def call_cache(device: Device, case: Case, placed: Placed) -> tuple[Array, ...]:
-    """Write rows at their slots, copy one block after another, and read everything back."""
+    """Write rows at their slots, copy one block after another; read all blocks, some, and none."""
     cache = placed.cache
     assert cache is not None
     cache.write(placed.arrays["k"], placed.arrays["v"], placed.batch)
     blocks = case.size("blocks")
     cache.copy_blocks([(0, 1), (1, 2)])
-    return tuple(cache.read(range(blocks)))
+    some = [blocks - 1, 0, blocks - 1]
+    parts = (cache.read(chosen) for chosen in (range(blocks), some, []))
+    return tuple(x for part in parts for x in part)
 
 
 def draw_rows(*names: str, columns: str, vectors: tuple[str, ...] = (), factor: int = 1) -> Any:
@@ -113,7 +119,7 @@ def draw_linear(case: Case, rng: Rng) -> Inputs:
     ``overflow`` leaves one value a row, 3e38 in every other, and weights of about ten: single
     products beyond float32, infinite whatever the order of summation.
     """
-    name = case.draw.removeprefix("biased-") or "normal"
+    name = "normal" if case.draw == "biased" else case.draw
     shape = (case.size("tokens"), case.size("in"))
     x = _lone(rng, shape) if name == "overflow" else DRAWS[name](rng, shape)
     gain = 10 * shape[1] ** 0.5 if name == "overflow" else 1.0
@@ -121,7 +127,7 @@ def draw_linear(case: Case, rng: Rng) -> Inputs:
         f"w{i}": weight(rng, (out, shape[1]), case.dtype, case.stored, f"w{i}", gain=gain)
         for i, out in enumerate(case.sizes("out"))
     }
-    if case.draw.startswith("biased-"):
+    if case.draw == "biased":
         weights["bias"] = weight(rng, (sum(case.sizes("out")),), case.dtype, "", "bias")
     return Inputs({"x": x.astype(dtype_of(case.dtype))}, weights)
 
@@ -156,7 +162,7 @@ def draw_merge(case: Case, rng: Rng) -> Inputs:
 def draw_select(case: Case, rng: Rng) -> Inputs:
     """Rows in any order, some twice."""
     tokens, rows = case.size("tokens"), case.size("rows")
-    x = normal_of(rng, (tokens, case.size("hidden")), case.dtype)
+    x = normal_of(rng, (tokens, case.size("n")), case.dtype)
     return Inputs({"x": x, "rows": rng.integers(0, tokens, rows).astype(np.int32)})
 
 
@@ -164,7 +170,7 @@ def draw_concat(case: Case, rng: Rng) -> Inputs:
     """Arrays of different lengths, an empty one among them."""
     lengths = case.sizes("rows")
     return Inputs({
-        f"x{i}": normal_of(rng, (n, case.size("hidden")), case.dtype)
+        f"x{i}": normal_of(rng, (n, case.size("n")), case.dtype)
         for i, n in enumerate(lengths)
     })  # fmt: skip
 
@@ -182,7 +188,8 @@ def draw_rope(case: Case, rng: Rng) -> Inputs:
 def draw_attention(case: Case, rng: Rng) -> Inputs:
     """q, k, v of the new tokens over a full cache whose other blocks must stay as they are.
 
-    ``focused`` makes one far key of each sequence dominate, ``huge`` the scores of all.
+    ``focused`` makes the first key of each sequence take most of every query's weight, ``large``
+    the scores of all keys differ by hundreds.
     """
     meta = lay_out(rng, case.sizes("queries"), case.sizes("contexts"), case.size("blocks"),
                    case.size("padding"))  # fmt: skip
@@ -191,8 +198,10 @@ def draw_attention(case: Case, rng: Rng) -> Inputs:
     k, v = (normal_of(rng, shape, case.dtype) for _ in range(2))
     q = DRAWS["large" if case.draw == "large" else "normal"](rng, (meta.tokens, heads, d))
     if case.draw == "focused":
-        first = meta.block_tables[:, 0]
-        k[first, 5] = (k[first, 5].astype(np.float32) * 8).astype(k.dtype)
+        q += 3  # every query shares a direction, along which the first key is long enough
+        weight_of_rest = np.log(meta.context_lens) + 5
+        reach = weight_of_rest / (2 * d * float(case.parameters["scale"]))
+        k[meta.block_tables[:, 0], 0] = reach[:, None, None].astype(k.dtype)
     new = {n: normal_of(rng, (meta.tokens, kv, d), case.dtype) for n in ("k", "v")}
     return Inputs({"q": q.astype(dtype_of(case.dtype)), **new}, {}, (k, v), meta)
 
@@ -219,8 +228,9 @@ def draw_self_attention(case: Case, rng: Rng) -> Inputs:
 
 def draw_conv2d(case: Case, rng: Rng) -> Inputs:
     """Images, channels last, kernels and bias."""
-    side, channels, out, k = (case.size(n) for n in ("side", "in", "out", "kernel"))
-    x = normal_of(rng, (case.size("images"), side, side + 1, channels), case.dtype)
+    channels, out, k = (case.size(n) for n in ("in", "out", "kernel"))
+    shape = (case.size("images"), case.size("height"), case.size("width"), channels)
+    x = normal_of(rng, shape, case.dtype)
     kernel = weight(rng, (out, channels, k, k), case.dtype, "", "weight")
     bias = weight(rng, (out,), case.dtype, "", "bias")
     return Inputs({"x": x}, {"weight": kernel, "bias": bias})
@@ -229,14 +239,14 @@ def draw_conv2d(case: Case, rng: Rng) -> Inputs:
 def draw_resize(case: Case, rng: Rng) -> Inputs:
     """One square of rows."""
     side = case.size("side")
-    return Inputs({"x": normal_of(rng, (side, side, case.size("width")), case.dtype)})
+    return Inputs({"x": normal_of(rng, (side, side, case.size("n")), case.dtype)})
 
 
 def draw_dequantise(case: Case, rng: Rng) -> Inputs:
-    """Codes over their whole range, and scales of all sizes."""
+    """Codes over their whole range, -128 of int8 too, and scales of all sizes."""
     shape = (case.size("tokens"), case.size("n"))
     codes = rng.standard_normal(shape) * 60
-    q = np.clip(np.rint(codes), -127, 127) if case.stored == "int8" else np.clip(codes, -448, 448)
+    q = np.clip(np.rint(codes), -128, 127) if case.stored == "int8" else np.clip(codes, -448, 448)
     scale = 10.0 ** rng.uniform(-4, 4, (shape[0], -(-shape[1] // 128)))
     return Inputs({"q": q.astype(dtype_of(case.stored)), "scale": scale.astype(np.float32)})
 
@@ -246,29 +256,35 @@ def normal_of(rng: Rng, shape: tuple[int, ...], dtype: str) -> HostArray:
     return rng.standard_normal(shape, dtype=np.float32).astype(dtype_of(dtype))
 
 
+DRAWN_ROWS = ("logits", "temperature", "top_k", "top_p", "uniform")
+
 FORMS: Mapping[str, Form] = MappingProxyType({
-    "add": Form(draw_rows("x", "y", columns="hidden"), call_plain),
-    "attention": Form(draw_attention, call_attention),
-    "cast": Form(draw_rows("x", columns="n"), call_plain),
+    "add": Form(draw_rows("x", "y", columns="hidden"), call_plain, rows=("x", "y")),
+    "attention": Form(draw_attention, call_attention, rows=("q", "k", "v")),
+    "cast": Form(draw_rows("x", columns="n"), call_plain, rows=("x",)),
     "concat": Form(draw_concat, call_plain),
-    "conv2d": Form(draw_conv2d, call_plain),
-    "dequantise": Form(draw_dequantise, call_plain),
-    "embed": Form(draw_embed, call_plain),
-    "experts": Form(draw_experts, call_plain),
-    "kv_cache": Form(draw_cache, call_cache, ("k", "v")),
-    "layer_norm": Form(draw_rows("x", columns="n", vectors=("weight", "bias")), call_plain),
-    "linear": Form(draw_linear, call_plain),
+    "conv2d": Form(draw_conv2d, call_plain, rows=("x",)),
+    "dequantise": Form(draw_dequantise, call_plain, rows=("q", "scale")),
+    "embed": Form(draw_embed, call_plain, rows=("ids",)),
+    "experts": Form(draw_experts, call_plain, rows=("u", "weights", "ids")),
+    "kv_cache": Form(
+        draw_cache, call_cache, ("k", "v", "some k", "some v", "no k", "no v")
+    ),
+    "layer_norm": Form(
+        draw_rows("x", columns="n", vectors=("weight", "bias")), call_plain, rows=("x",)
+    ),
+    "linear": Form(draw_linear, call_plain, rows=("x",)),
     "merge_rows": Form(draw_merge, call_plain),
-    "quantise": Form(draw_rows("x", columns="n"), call_plain, ("q", "scale")),
-    "quick_gelu": Form(draw_rows("x", columns="n"), call_plain),
+    "quantise": Form(draw_rows("x", columns="n"), call_plain, ("q", "scale"), rows=("x",)),
+    "quick_gelu": Form(draw_rows("x", columns="n"), call_plain, rows=("x",)),
     "resize": Form(draw_resize, call_plain),
-    "rms_norm": Form(draw_rows("x", columns="n", vectors=("weight",)), call_plain),
-    "rope": Form(draw_rope, call_plain),
-    "route": Form(draw_route, call_plain, ("weights", "ids")),
-    "sample": Form(draw_sample, call_plain, ("ids",)),
-    "select_rows": Form(draw_select, call_plain),
-    "self_attention": Form(draw_self_attention, call_plain),
-    "swiglu": Form(draw_rows("gate_up", columns="inter", factor=2), call_plain),
+    "rms_norm": Form(draw_rows("x", columns="n", vectors=("weight",)), call_plain, rows=("x",)),
+    "rope": Form(draw_rope, call_plain, rows=("x", "positions")),
+    "route": Form(draw_route, call_plain, ("weights", "ids"), rows=("logits",)),
+    "sample": Form(draw_sample, call_plain, ("ids",), DRAWN_ROWS),
+    "select_rows": Form(draw_select, call_plain, rows=("rows",)),
+    "self_attention": Form(draw_self_attention, call_plain, rows=("q", "k", "v")),
+    "swiglu": Form(draw_rows("gate_up", columns="inter", factor=2), call_plain, rows=("gate_up",)),
 })  # fmt: skip
 """Every op's form; ``kv_cache`` is the cache's own methods."""
 
@@ -305,6 +321,11 @@ class OpTrial:
     def exact(self) -> bool:
         """Say whether the op's result is defined to the bit."""
         return self.op == "kv_cache" or OPS[self.op].exact
+
+    @property
+    def stored(self) -> str:
+        """Return the dtype in which the checkpoint holds the weights."""
+        return self.case.stored
 
     @property
     def donated(self) -> frozenset[str]:

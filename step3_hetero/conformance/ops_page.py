@@ -12,7 +12,6 @@ from pathlib import Path
 from step3_hetero.conformance.cases import trials
 from step3_hetero.conformance.certificate import CaseRecord, Certificate, write_whole
 from step3_hetero.conformance.digests import digests
-from step3_hetero.errors import BackendNotFound
 from step3_hetero.registry import get_backend
 
 CERTIFICATES = Path("docs/certificates")
@@ -59,23 +58,25 @@ def _devices(certificates: Iterable[Certificate]) -> str:
     return "\n".join(rows)
 
 
-def _uncertified(certificates: Iterable[Certificate]) -> list[str]:
-    """Return our own backends that have no certificate."""
+def _ours() -> set[str]:
+    """Return the backends of this repository, whatever else is installed."""
     from importlib.metadata import distribution
 
-    ours = [e.name for e in distribution("step3-hetero").entry_points
-            if e.group == "step3_hetero.backends"]  # fmt: skip
-    certified = {c.backend for c in certificates}
-    return sorted(set(ours) - certified - {"reference"})
+    entries = distribution("step3-hetero").entry_points
+    return {e.name for e in entries if e.group == "step3_hetero.backends"}
+
+
+def _uncertified(certificates: Iterable[Certificate]) -> list[str]:
+    """Return our own backends that have no certificate."""
+    return sorted(_ours() - {c.backend for c in certificates} - {"reference"})
 
 
 def standing(certificate: Certificate) -> str:
     """Say whether a certificate still speaks of the code that is here."""
     verdict = "passed" if certificate.passed else "failed"
-    try:
-        now = digests(get_backend(certificate.backend))
-    except BackendNotFound:
-        return f"{verdict}; the backend is not installed here"
+    if certificate.backend not in _ours():
+        return f"{verdict} at {certificate.date}; its code is not in this repository"
+    now = digests(get_backend(certificate.backend))
     changed = [name for name, digest in certificate.digests.items() if now.get(name) != digest]
     if not changed:
         return verdict

@@ -25,6 +25,8 @@ def pytest_load_initial_conftests(
     if any(argument.startswith(SUITE) for argument in args):
         group = parser.getgroup("conformance")
         group.addoption("--backend", metavar="NAME[:INDEX]", help="the device on trial")
+        group.addoption("--option", action="append", default=[], metavar="KEY=VALUE",
+                        help="an option of the backend")  # fmt: skip
         group.addoption("--full", action="store_true", help="all cases, real sizes too")
         group.addoption("--deadline", type=float, default=300.0, help="seconds for one case")
 
@@ -47,7 +49,7 @@ def conformance_workers(request: pytest.FixtureRequest) -> Iterator[tuple[Worker
     from step3_hetero.conformance.gaps import known_gaps
     from step3_hetero.conformance.suite import Target, workers
 
-    target = Target.parse(_option(request, "--backend"))
+    target = Target.parse(_option(request, "--backend"), _option(request, "--option"))
     gaps = known_gaps(target.backend())
     with workers(target, deadline_s=_option(request, "--deadline")) as pool:
         yield pool, gaps

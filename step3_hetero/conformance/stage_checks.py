@@ -1,18 +1,21 @@
-"""Checks that only whole stages have: fused against composed, padding, the rest of the batch."""
+"""Checks that run a case in another way: composed, padded, a second time, one part at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from step3_hetero.backend import Array
+from step3_hetero.conformance.alone import Piece, assembled, pieces
 from step3_hetero.conformance.case import Inputs, seeded
 from step3_hetero.conformance.exam import Exam
-from step3_hetero.conformance.stages import StageCase, padded
+from step3_hetero.conformance.stages import PlacedStage, StageCase, padded
 from step3_hetero.conformance.tolerance import same_bits
 from step3_hetero.conformance.trial import Results, cache_content, host_results
-from step3_hetero.specs import HostArray
+from step3_hetero.conformance.verdicts import held
+
+SMALLER = "as a second, smaller batch"
 
 
 def check_composition(exam: Exam) -> Iterator[str]:
@@ -21,11 +24,13 @@ def check_composition(exam: Exam) -> Iterator[str]:
     if not isinstance(trial, StageCase):
         return
     placed = trial.place(exam.device, exam.inputs, trial.dtype, fused=False)
-    composed = host_results(exam.device, placed.run())
-    yield from _beyond(exam, composed, "composed of the device's kernels")
+    composed = exam.results("composed", placed.run)
+    yield from held(exam, composed, "composed of the device's kernels")
     for name, got in exam.got.items():
         keep = exam.counted(name, len(exam.expected.own[name]))
-        if got.dtype.kind in "iub" and not np.array_equal(got[keep], composed[name][keep]):
+        other = composed.get(name, got)
+        are_integers = got.dtype.kind in "iub" and got.shape == other.shape
+        if are_integers and not np.array_equal(got[keep], other[keep]):
             yield f"{name}: fused and composed stage differ"
 
 
@@ -36,84 +41,80 @@ def check_padding(exam: Exam) -> Iterator[str]:
         return
     longer = padded(exam.inputs, seeded(f"{trial.id} padded"))
     placed = trial.place(exam.device, longer, trial.dtype)
-    results = host_results(exam.device, placed.run())
-    cut = {n: x[: len(exam.expected.own[n])] for n, x in results.items()}
-    yield from _beyond(exam, cut, "with padding")
+    results = exam.results("with padding", placed.run)
+    cut = {n: x[: len(exam.expected.own[n])] for n, x in results.items() if n in exam.expected.own}
+    yield from held(exam, cut, "with padding")
     for name, after in cache_content(placed.cache).items():
         own = exam.cache_after[name]
-        touched = (after != own).any(axis=(2, 3)) & ~_slots(exam, own)
+        touched = (after != own).any(axis=(2, 3)) & ~exam.inputs.meta.named_slots(len(own))
         if touched.any():
             yield f"cache {name}: padded rows wrote {int(touched.sum())} rows"
 
 
-def check_batch_invariance(exam: Exam) -> Iterator[str]:
-    """A sequence (an image, a wanted row) alone gives what it gives among others.
+def check_reuse(exam: Exam) -> Iterator[str]:
+    """A stage that has run another batch gives for the first one what it gave before.
 
-    To the bit where the device claims it, with ``batch_invariant`` in the stage's spec; within the
-    bound elsewhere.
+    The other batch is a part of the first, in buffers of the caller, and keeps the bound itself;
+    where the first has one part only, it is the first with padding.
     """
     trial = exam.trial
-    if not isinstance(trial, StageCase) or trial.kind == "embed":
+    if not isinstance(trial, StageCase):
+        return
+    placed = trial.place(exam.device, exam.inputs, trial.dtype)
+    exam.ran("before a smaller batch", placed.run)
+    parts = list(pieces(trial, exam.inputs))
+    if len(parts) > 1:
+        piece = parts[len(parts) // 2]
+        part = _into_buffers(exam, placed, piece)
+        yield from held(exam, assembled(exam.got, [(piece, part)]), SMALLER)
+    elif exam.inputs.meta is not None:
+        placed.turn(padded(exam.inputs, seeded(f"{trial.id} reused")))
+        exam.ran("as a second, padded batch", placed.run)
+    placed.turn(exam.inputs)
+    for name, again in exam.results("after a smaller batch", placed.run).items():
+        if name in exam.got and not same_bits(again, exam.got[name]):
+            yield f"{name}: other bits once the stage has run another batch"
+
+
+def _into_buffers(exam: Exam, placed: PlacedStage, piece: Piece) -> Results:
+    """Run a piece on stages that have run before, results into buffers of the right size."""
+    placed.turn(piece.inputs)
+    own = exam.expected.own
+    host = {n: np.zeros_like(x[piece.rows(len(x))]) for n, x in own.items()}
+    buffers: Mapping[str, Array] = {n: exam.device.from_host(x) for n, x in host.items()}
+    exam.ran(SMALLER, lambda: placed.run(buffers))
+    return host_results(exam.device, buffers)
+
+
+def check_batch_invariance(exam: Exam) -> Iterator[str]:
+    """A sequence (an image, a row) alone gives what it gives among others.
+
+    A stage to the bit where the device claims it, with ``batch_invariant`` in the stage's spec;
+    within the bound elsewhere.
+    """
+    trial = exam.trial
+    if not isinstance(trial, StageCase):
+        parts = [(p, exam.call("a row alone", p.inputs)) for p in pieces(trial, exam.inputs)]
+        if parts:
+            yield from held(exam, assembled(exam.got, parts), "alone")
         return
     claimed = exam.device.info.batch_invariant
-    whole = _run(exam, exam.inputs, claimed) if claimed else exam.got
-    alone = [_run(exam, one, claimed) for one in _alone(exam.inputs, trial.kind)]
-    joined = {n: np.concatenate([a[n] for a in alone]) for n in whole} if alone else {}
+    whole = _run(exam, exam.inputs, "batch-invariant", claimed) if claimed else exam.got
+    parts = [
+        (p, _run(exam, p.inputs, "one at a time", claimed)) for p in pieces(trial, exam.inputs)
+    ]
+    joined = assembled(whole, parts)
     if claimed:
         for name, got in joined.items():
             if not same_bits(got, whole[name]):
                 yield f"{name}: alone it has other bits than among others"
-        yield from _beyond(exam, whole, "batch-invariant")
-    elif joined:
-        yield from _beyond(exam, joined, "one at a time")
+        yield from held(exam, whole, "batch-invariant")
+    else:
+        yield from held(exam, joined, "one at a time")
 
 
-def _run(exam: Exam, inputs: Inputs, batch_invariant: bool) -> Results:
+def _run(exam: Exam, inputs: Inputs, how: str, batch_invariant: bool) -> Results:
     trial = exam.trial
     assert isinstance(trial, StageCase)
     placed = trial.place(exam.device, inputs, trial.dtype, batch_invariant=batch_invariant)
-    return host_results(exam.device, placed.run())
-
-
-def _alone(inputs: Inputs, kind: str) -> Iterator[Inputs]:
-    """Yield each sequence, each image of a vision stage or each wanted row of a head, by itself."""
-    if kind in ("vision", "head"):
-        split = "pixels" if kind == "vision" else "rows"
-        for place in range(len(inputs.arrays[split])):
-            one = inputs.arrays[split][place : place + 1]
-            yield replace(inputs, arrays={**inputs.arrays, split: one})
-        return
-    meta = inputs.meta
-    assert meta is not None
-    for s in range(meta.seqs):
-        start, stop = int(meta.query_starts[s]), int(meta.query_starts[s + 1])
-        rows = slice(start, stop)
-        one_meta = type(meta)(
-            meta.positions[rows],
-            meta.slots[rows],
-            np.array([0, stop - start], np.int32),
-            meta.context_lens[s : s + 1],
-            meta.block_tables[s : s + 1],
-        )
-        arrays = {name: x[rows] for name, x in inputs.arrays.items()}
-        yield Inputs(arrays, inputs.weights, inputs.history, one_meta)
-
-
-def _slots(exam: Exam, cache: HostArray) -> HostArray:
-    meta = exam.inputs.meta
-    assert meta is not None
-    named = np.zeros(cache.shape[:2], bool)
-    named.reshape(-1)[meta.slots[meta.slots >= 0]] = True
-    return named
-
-
-def _beyond(exam: Exam, results: Results, how: str) -> Iterator[str]:
-    for name, judged in exam.judged(results).items():
-        bad = judged.row_error > judged.row_bound
-        if bad.any():
-            yield f"{name} {how}: {int(bad.sum())} of {bad.size} rows beyond their bound"
-    e = exam.expected
-    for name, own in e.own.items():
-        keep = exam.counted(name, len(own))
-        if own.dtype.kind in "iub" and not np.array_equal(results[name][keep], own[keep]):
-            yield f"{name} {how}: integers differ"
+    return exam.results(how, placed.run)

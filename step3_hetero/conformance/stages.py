@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from step3_hetero.conformance.routing import RouteSpy, near_ties
 from step3_hetero.conformance.trial import Expected, judge_run, reference
 from step3_hetero.graph import GraphStage
 from step3_hetero.runtime.loader import stage_weights
-from step3_hetero.specs import AttentionSpec, HostArray, Limits, OpSpec
+from step3_hetero.specs import AttentionSpec, HostArray, HostTensor, Limits, OpSpec
 
 PADDING = 5
 """Rows added to a batch when a stage is tried with padding."""
@@ -147,15 +147,27 @@ class StageCase:
             own = cache if node.kind == "attention" else None
             build = device.build if fused else _composed(device)
             stages.append(build(node.spec, weights[node.name], own, self._limits(inputs)))
-        arrays = {n: device.from_host(x) for n, x in inputs.arrays.items()}
-        return PlacedStage(device, stages, arrays, cache, inputs.meta)
+        placed = PlacedStage(device, stages, {}, cache)
+        placed.turn(inputs)
+        return placed
+
+    def tensors(self) -> Iterator[HostTensor]:
+        """Yield every checkpoint tensor that the stages are made of."""
+        source = self._source()
+        for node in self.nodes(self.dtype):
+            for param in node.params:
+                yield from (source.tensor(name) for name in param.tensors.values())
+
+    def _source(self) -> Drawn:
+        drawn = (self.model, self.dtype, self.stored)
+        found: Drawn = DRAWN.get(None, drawn, lambda: Drawn(*drawn))
+        return found
 
     def _weights(self, device: Device, dtype: str) -> dict[str, dict[str, Weights | Array]]:
         """Return the weights of each stage as the device wants them."""
-        drawn = (self.model, self.dtype, self.stored)
-        source = DRAWN.get(None, drawn, lambda: Drawn(*drawn))
+        source = self._source()
         nodes = self.nodes(dtype)
-        key = (drawn, tuple(n.name for n in nodes), dtype)
+        key = (self.model, self.dtype, self.stored, tuple(n.name for n in nodes), dtype)
         made: dict[str, dict[str, Weights | Array]] = PREPARED.get(
             device, key, lambda: {n.name: stage_weights(device, n, source, "auto") for n in nodes}
         )
@@ -200,15 +212,19 @@ class PlacedStage:
     stages: Sequence[Stage]
     arrays: dict[str, Array]
     cache: KVCache | None
-    meta: BatchMeta | None
+
+    def turn(self, inputs: Inputs) -> None:
+        """Take other inputs for the same stages and cache, and plan every stage for them."""
+        self.arrays = {n: self.device.from_host(x) for n, x in inputs.arrays.items()}
+        for stage in self.stages:
+            if inputs.meta is not None:
+                stage.plan(inputs.meta)
 
     def run(self, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """Plan and run each stage; what one gives the next may take."""
+        """Run each stage once; what one gives the next may take."""
         flowing: dict[str, Any] = dict(self.arrays)
         results: dict[str, Array] = {}
         for stage in self.stages:
-            if self.meta is not None:
-                stage.plan(self.meta)
             takes, gives = PORTS[stage.spec.kind]
             given = None if out is None else {n: out[n] for n in gives if n in out}
             results |= stage.run({n: flowing[n] for n in takes if n in flowing}, given)

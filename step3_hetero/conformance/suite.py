@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as DeadlinePassed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step3_hetero.backend import Backend, Device, DeviceInfo
 from step3_hetero.conformance.cases import trials
-from step3_hetero.conformance.exam import CaseResult, Finding, Status, examine
+from step3_hetero.conformance.exam import (
+    RUNS,
+    CaseResult,
+    Finding,
+    Status,
+    described,
+    examine,
+)
 from step3_hetero.conformance.trial import Trial
 from step3_hetero.conformance.whole_model import ModelCase
 from step3_hetero.errors import ConfigError, ConformanceError, PlacementError
@@ -25,25 +34,31 @@ if TYPE_CHECKING:
 DEADLINE_S = 300.0
 """A case that takes longer hangs."""
 
+TAINTED = 113
+"""How a worker ends that is asked for a case after one in which its device raised an exception."""
+
 AnyCase = Trial | ModelCase
+
+Option = tuple[str, str | int | float | bool]
 
 
 @dataclass(frozen=True)
 class Target:
-    """The device on trial: ``cpu`` or ``cuda:1``."""
+    """The device on trial, ``cpu`` or ``cuda:1``, and the options it is opened with."""
 
     name: str
     index: int = 0
+    options: tuple[Option, ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> Target:
-        """Read ``NAME`` or ``NAME:INDEX``.
+    def parse(cls, text: str, options: Sequence[str] = ()) -> Target:
+        """Read ``NAME`` or ``NAME:INDEX``, and options as ``KEY=VALUE``.
 
         Raises:
             ConfigError: it is neither, or names the reference, which is what others are held to.
 
-        >>> Target.parse("cuda:1")
-        Target(name='cuda', index=1)
+        >>> Target.parse("cuda:1", ["interpret=true"])
+        Target(name='cuda', index=1, options=(('interpret', True),))
         """
         name, colon, index = text.partition(":")
         if not name or (colon and not index.isdecimal()):
@@ -53,10 +68,15 @@ class Target:
                 "backend 'reference' is what others are held to; its own judges are the oracles in "
                 "tests/oracle (make test)"
             )
-        return cls(name, int(index or 0))
+        return cls(name, int(index or 0), tuple(_option(said) for said in options))
 
     def __str__(self) -> str:
         return f"{self.name}:{self.index}"
+
+    def open(self) -> tuple[Backend, Device]:
+        """Open the device with its options."""
+        backend = get_backend(self.name)
+        return backend, backend.open(self.index, dict(self.options))
 
     def backend(self) -> Backend:
         """Import the backend and see that it has a device here.
@@ -65,7 +85,7 @@ class Target:
             BackendNotFound, PlacementError: it is not installed, or has no device on this machine.
         """
         backend = get_backend(self.name)
-        if reason := backend.why_unavailable():
+        if (reason := backend.why_unavailable()) and not self.options:  # an option may bring one
             raise PlacementError(f"backend {self.name!r} has no device here: {reason}")
         return backend
 
@@ -116,13 +136,29 @@ class Workers:
 
     def examine(self, chosen: Iterable[AnyCase]) -> Iterator[CaseResult]:
         """Yield one result a case, in order."""
-        waiting = [
-            (t, self._pool.schedule(_examine, args=[self._target, t.id], timeout=self._deadline_s))
-            for t in chosen
-        ]
+        return self._each(_examine, chosen)
+
+    def verify(self, file: Path, chosen: Iterable[AnyCase]) -> Iterator[CaseResult]:
+        """Yield one result for each recorded case of a vector file, in order."""
+        return self._each(_verify, chosen, file)
+
+    def _each(
+        self, function: Callable[..., CaseResult], chosen: Iterable[AnyCase], *more: Any
+    ) -> Iterator[CaseResult]:
+        def schedule(trial: AnyCase) -> Any:
+            arguments = [self._target, trial.id, *more]
+            return self._pool.schedule(function, args=arguments, timeout=self._deadline_s)
+
+        waiting = [(trial, schedule(trial)) for trial in chosen]
         for trial, future in waiting:
             result = self._outcome(future)
+            while result == _died(TAINTED):  # the case was never begun
+                result = self._outcome(schedule(trial))
             yield result if isinstance(result, CaseResult) else _lost(trial, result)
+
+    def stop(self) -> None:
+        """End the processes without waiting for their cases."""
+        self._pool.stop()  # type: ignore[no-untyped-call]  # pebble leaves it without
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._outcome(
@@ -138,9 +174,9 @@ class Workers:
         except DeadlinePassed:
             return f"no answer within {self._deadline_s:g} s"
         except ProcessExpired as expired:
-            return f"the process died: {_cause(expired.exitcode)}"
-        except Exception as error:  # whatever a vendor's open or the drawing of inputs may raise
-            return f"{type(error).__name__}: {error}"
+            return _died(expired.exitcode)
+        except Exception as error:
+            return described(error)
 
 
 @contextmanager
@@ -148,7 +184,8 @@ def workers(target: Target, *, count: int = 1, deadline_s: float = DEADLINE_S) -
     """Start processes for a device; they end with the context."""
     from pebble import ProcessPool
 
-    with ProcessPool(max_workers=count, context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPool(max_workers=count, context=spawn, initializer=_deaf_to_the_keyboard) as pool:
         try:
             yield Workers(pool, target, deadline_s)
         except BaseException:
@@ -159,37 +196,99 @@ def workers(target: Target, *, count: int = 1, deadline_s: float = DEADLINE_S) -
 def _lost(trial: AnyCase, said: str) -> CaseResult:
     """Return the result of a case whose process gave none."""
     status: Status = "timeout" if said.startswith("no answer") else "crashed"
-    finding = Finding("runs", said)
+    finding = Finding(RUNS, said)
     return CaseResult(
         trial.id, trial.op, trial.dtype, status, (finding,), float("inf"), reason=said
     )
 
 
-def _cause(code: int) -> str:
+def _died(code: int) -> str:
     """Say how a process ended.
 
-    >>> _cause(-11), _cause(3)
-    ('signal SIGSEGV', 'exit code 3')
+    >>> _died(-11), _died(-40), _died(3)
+    ('the process died: signal SIGSEGV', 'the process died: signal 40', \
+'the process died: exit code 3')
     """
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    names = {int(s): s.name for s in signal.Signals}
+    said = f"signal {names.get(-code, -code)}" if code < 0 else f"exit code {code}"
+    return f"the process died: {said}"
+
+
+def _option(said: str) -> Option:
+    """Read one option; its value is as YAML reads it."""
+    import yaml
+
+    key, equals, text = said.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not key or not equals or not isinstance(value, str | int | float | bool):
+        raise ConfigError(f"option {said!r} refused; expected KEY=VALUE, as interpret=true")
+    return key, value
+
+
+def _deaf_to_the_keyboard() -> None:
+    """Leave an interrupt to the parent, which wants the results that there are."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+_tainted = False
+"""Whether this worker's device raised an exception: what it does next proves nothing."""
 
 
 @cache
 def _opened(target: Target) -> tuple[Backend, Device]:
-    backend = get_backend(target.name)
-    return backend, backend.open(target.index)
+    return target.open()
 
 
-def _describe(target: Target) -> DeviceInfo:
-    return _opened(target)[1].info
+def _describe(target: Target) -> DeviceInfo | str:
+    """Return the device's description as plain data: what a vendor raises may not travel."""
+    try:
+        info = _opened(target)[1].info
+        said = {f.name: getattr(info, f.name) for f in fields(DeviceInfo)}
+        for name in ("flops_per_s", "links"):
+            said[name] = dict(said[name])
+        return DeviceInfo(**said)
+    except Exception as error:  # a vendor's code may raise anything
+        return described(error)
 
 
 def _examine(target: Target, case: str) -> CaseResult:
-    backend, device = _opened(target)
+    def work(backend: Backend, device: Device, trial: AnyCase) -> CaseResult:
+        if isinstance(trial, ModelCase):
+            return trial.examine(backend, device)
+        return examine(backend, device, trial)
+
+    return _guarded(target, case, work)
+
+
+def _verify(target: Target, case: str, file: Path) -> CaseResult:
+    from step3_hetero.conformance import vectors
+
+    def work(backend: Backend, device: Device, trial: AnyCase) -> CaseResult:
+        return vectors.verify(backend, device, case, vectors.read_cases(file)[case])
+
+    return _guarded(target, case, work)
+
+
+def _guarded(
+    target: Target, case: str, work: Callable[[Backend, Device, AnyCase], CaseResult]
+) -> CaseResult:
+    """Do the work on one case and return plain data, whatever a vendor's code raises."""
+    global _tainted  # it is the process that is tainted
+    if _tainted:
+        os._exit(TAINTED)
     trial = trials()[case]
-    if isinstance(trial, ModelCase):
-        return trial.examine(backend, device)
-    return examine(backend, device, trial)
+    try:
+        result = work(*_opened(target), trial)
+    except BaseException as error:
+        findings = (Finding(RUNS, described(error)),)
+        result = CaseResult(
+            trial.id, trial.op, trial.dtype, "failed", findings, float("inf"), reason=""
+        )
+    _tainted = any(finding.check == RUNS for finding in result.findings)
+    return result
 
 
 def apply_gaps(results: Sequence[CaseResult], gaps: dict[str, str]) -> list[CaseResult]:

@@ -52,6 +52,10 @@ class Trial(Claims, Protocol):
         """Say whether the result is defined to the bit."""
 
     @property
+    def stored(self) -> str:
+        """Return the dtype in which the checkpoint holds the weights; empty: the case's own."""
+
+    @property
     def donated(self) -> frozenset[str]:
         """Return the inputs that a run may overwrite."""
 
@@ -116,7 +120,7 @@ def reference(summation: str = "blocked") -> Device:
     return get_backend("reference").open(0, {"summation": summation})
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def expected_of(trial: Trial) -> tuple[Inputs, Expected]:
     """Draw a case's inputs and let the reference judge them."""
     inputs = trial.inputs()

@@ -32,9 +32,6 @@ from step3_hetero.specs import Limits, OpSpec
 MODEL = Path(__file__).with_name("model")
 """The tiny model, shipped beside this file."""
 
-TIE = 1e-3
-"""Another greedy token is legal where the two best log-probabilities are closer than this."""
-
 PROMPT_TOKENS = 512
 QUESTIONS = ("which digit is this ?", "what is the sum ?")
 
@@ -158,7 +155,7 @@ def _compare(
     got: Answers, want: Answers, own: Answers, dtype: str
 ) -> tuple[float, float, float, list[Finding]]:
     """Return worst figure, its error and bound, and what is wrong."""
-    findings = list(_partings(got, want))
+    findings = list(partings(got, want, own))
     allowed = _divergences(own, want)
     bound = FACTOR * float(allowed.max(initial=0.0)) + ROUNDOFF[dtype] ** 2
     error = float(_divergences(got, want).max(initial=0.0))
@@ -179,19 +176,38 @@ def _divergences(one: Answers, want: Answers) -> npt.NDArray[np.float64]:
     return np.array(found)
 
 
-def _partings(got: Answers, want: Answers) -> list[Finding]:
-    """Say where a greedy answer leaves the reference's without a near tie."""
+def partings(got: Answers, want: Answers, own: Answers) -> list[Finding]:
+    """Say where a greedy answer leaves the reference's without a near tie.
+
+    Two log-probabilities may each be off by twice as much as the reference's own rounding has
+    shifted any of this answer's until there; a gap below both is a tie.
+    """
     found = []
     for q, (ours, theirs) in enumerate(zip(got.tokens, want.tokens, strict=True)):
         place = _shared(theirs, ours)
         if place == len(theirs) == len(ours):
             continue
-        top = np.sort(want.distributions[q][min(place, len(theirs) - 1)])[::-1]
+        last = min(place, len(theirs) - 1)
+        top = np.sort(want.distributions[q][last])[::-1]
         margin = float(top[0] - top[1])
-        if margin >= TIE:
-            said = f"question {q}: first other token at place {place}, margin {margin:.3g}"
+        allowed = 2 * np.sqrt(FACTOR) * _shift(own, want, q, last)
+        if margin > allowed:
+            said = (f"question {q}: first other token at place {place}, margin {margin:.3g}, "
+                    f"a tie below {allowed:.3g}")  # fmt: skip
             found.append(Finding("equal", said))
     return found
+
+
+def _shift(own: Answers, want: Answers, question: int, last: int) -> float:
+    """Return by how much rounding shifts the reference's log-probabilities, up to place ``last``.
+
+    Only up to the first token in which its own answers part: behind it they are of other texts.
+    """
+    one, other = own.distributions[question], want.distributions[question]
+    shared = _shared(own.tokens[question], want.tokens[question])
+    rows = min(shared, last, len(one) - 1, len(other) - 1) + 1
+    differ = np.abs(one[:rows] - other[:rows])
+    return float(differ[np.isfinite(differ)].max(initial=0.0))
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

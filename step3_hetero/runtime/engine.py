@@ -14,7 +14,8 @@ from step3_hetero.model.config import ModelConfig
 from step3_hetero.model.prompt import Prompt
 from step3_hetero.model.tokenizer import Detokeniser, Tokenizer
 from step3_hetero.runtime.executor import Executor
-from step3_hetero.runtime.microbatch import BatchResult, MicroBatch
+from step3_hetero.runtime.lanes import Flight, Lanes
+from step3_hetero.runtime.microbatch import BatchResult
 from step3_hetero.runtime.placing import Placement
 from step3_hetero.runtime.prompting import Prompter
 from step3_hetero.runtime.request import (
@@ -26,7 +27,6 @@ from step3_hetero.runtime.request import (
     SamplingParams,
     Token,
 )
-from step3_hetero.runtime.scheduler import Scheduler, Share, assemble
 from step3_hetero.runtime.sequence import SequenceState
 from step3_hetero.specs import LOGICAL_BLOCK
 
@@ -51,7 +51,7 @@ class Engine:
         self.executor = executor
         self.prompter = prompter
         self._placement = placement
-        self.scheduler = Scheduler(max_batch, prefill_chunk, executor.kv_blocks)
+        self.lanes = Lanes(executor, max_batch, prefill_chunk)
         self._sequences: dict[int, SequenceState] = {}
         self._done: dict[int, Completion] = {}
         self._submitted = 0
@@ -205,7 +205,7 @@ class Engine:
             all_rows=all_rows,
         )
         self._sequences[sequence.id] = sequence
-        self.scheduler.waiting.append(sequence)
+        self.lanes.waiting.append(sequence)
         return sequence.id
 
     def _room(self, prompt: Prompt, params: SamplingParams) -> int:
@@ -233,46 +233,47 @@ class Engine:
         self._check_blocks(prompt + wanted)
 
     def _check_blocks(self, tokens: int) -> None:
-        if not self.scheduler.fits(tokens):
-            held = self.scheduler.allocator.blocks
+        if not self.lanes.fits(tokens):
+            held = self.executor.kv_blocks
             raise RequestError(
                 f"prompt and answer take {tokens} tokens, the KV cache holds "
                 f"{held * LOGICAL_BLOCK}; raise runtime.kv_blocks ({held}) or lower max_tokens"
             )
 
     def _advance(self) -> None:
-        """Run one micro-batch and file what it finished."""
-        shares = self.scheduler.next_shares()
-        if not shares:
-            return
+        """Keep every lane busy, wait for one micro-batch and file what it finished."""
         now = time.perf_counter()
-        for share in shares:
-            share.sequence.started = share.sequence.started or now
-        batch = assemble(shares, self.prompter.banned_id)
-        self.executor.submit(batch)
-        told = self._distribute(shares, batch, self.executor.collect())
-        for share in shares:
-            if share.sequence.finished:
+        for flight in self.lanes.start(self.prompter.banned_id):
+            for share in flight.shares:
+                share.sequence.started = share.sequence.started or now
+        landed = self.lanes.land()
+        if landed is None:
+            return
+        flight, result = landed
+        if result is None:
+            return
+        told = self._distribute(flight, result)
+        for share in flight.shares:
+            if share.sequence.finished and share.sequence.id in self._sequences:
                 self._finish(share.sequence)
         self._tell(told)
 
-    def _distribute(
-        self, shares: Sequence[Share], batch: MicroBatch, result: BatchResult
-    ) -> list[tuple[SequenceState, Token]]:
+    def _distribute(self, flight: Flight, result: BatchResult) -> list[tuple[SequenceState, Token]]:
         """Give each sequence its chosen token, or its logits; return what is to be told."""
         told, row = [], 0
-        for share in shares:
+        for share in flight.shares:
             sequence, completes = share.sequence, share.completes
             start, sequence.computed = sequence.computed, sequence.computed + share.count
+            rows, row = row, row + share.rows(completes)
+            if sequence.finished:  # cancelled while this was under way
+                continue
             if sequence.all_rows:
                 assert result.logits is not None
-                self._keep_logits(sequence, start, result.logits[row : row + share.count])
-                row += share.count
+                self._keep_logits(sequence, start, result.logits[rows:row])
                 sequence.finished = "length" if completes else None
             elif completes:
-                token = sequence.accept(int(result.ids[row]), result.logprobs[row])
+                token = sequence.accept(int(result.ids[rows]), result.logprobs[rows])
                 told.append((sequence, token))
-                row += 1
         return told
 
     @staticmethod
@@ -297,9 +298,9 @@ class Engine:
             raise failed
 
     def _finish(self, sequence: SequenceState) -> Completion:
-        self.scheduler.release(sequence)
+        instance = self.lanes.release(sequence)
         for image in range(len(sequence.prompt.images)):
-            self.executor.forget_image(sequence.image_key(image))
+            self.executor.forget_image(sequence.image_key(image), instance)
         self._sequences.pop(sequence.id, None)
         completion = self._done[sequence.id] = sequence.completion()
         return completion

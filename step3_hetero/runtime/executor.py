@@ -9,7 +9,7 @@ from typing import Protocol
 
 from step3_hetero.backend import Array, BatchMeta, Device, KVCache, Stage
 from step3_hetero.graph import GraphStage
-from step3_hetero.runtime.microbatch import BatchResult, MicroBatch, StageClock, Ticket
+from step3_hetero.runtime.microbatch import Landed, MicroBatch, StageClock, Ticket
 from step3_hetero.specs import Limits
 
 
@@ -41,20 +41,26 @@ class Observer(Protocol):
 
 
 class Executor(ABC):
-    """Owns devices, weights and KV memory; knows nothing of requests."""
+    """Owns devices, weights and KV memory; knows nothing of requests.
+
+    ``instances`` of the attention role each hold a cache of ``kv_blocks`` logical blocks and take
+    ``microbatches`` at a time.
+    """
 
     limits: Limits
     kv_blocks: int
     clock: StageClock
     observers: Sequence[Observer] = ()
+    instances: int = 1
+    microbatches: int = 1
 
     @abstractmethod
-    def submit(self, batch: MicroBatch) -> Ticket:
-        """Start a micro-batch."""
+    def submit(self, batch: MicroBatch, instance: int = 0) -> Ticket:
+        """Start a micro-batch on one instance."""
 
     @abstractmethod
-    def collect(self, deadline_s: float | None = None) -> BatchResult:
-        """Return the result of the oldest ticket not yet collected.
+    def collect(self, deadline_s: float | None = None) -> Landed:
+        """Return a micro-batch that has come back, of one instance in the order of submission.
 
         Raises:
             TransportTimeout: a role gave no sign of life within ``deadline_s``.
@@ -62,12 +68,12 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def forget_image(self, key: int) -> None:
+    def forget_image(self, key: int, instance: int = 0) -> None:
         """Drop the rows of an image; a key never seen is fine."""
 
     @abstractmethod
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy logical KV blocks, (source, target), in every layer."""
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
+        """Copy logical KV blocks, (source, target), in every layer of one instance."""
 
     @abstractmethod
     def close(self) -> None:

@@ -23,7 +23,7 @@ def load_stages(
     kv_blocks: int,
     on_stage: OnStage | None = None,
 ) -> tuple[dict[str, LoadedStage], list[KVCache]]:
-    """Load every stage of ``graph`` on its device.
+    """Load the stages of ``graph`` that have a device here.
 
     ``devices`` gives, by stage, the role's name, the device and the weight format.
 
@@ -34,6 +34,8 @@ def load_stages(
     loaded: dict[str, LoadedStage] = {}
     caches: list[KVCache] = []
     for node in graph.stages:
+        if node.name not in devices:
+            continue
         role, device, weight_format = devices[node.name]
         weights = stage_weights(device, node, source, weight_format)
         cache = open_cache(device, node, kv_blocks)

@@ -81,9 +81,18 @@ class BatchResult:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The name of a submitted micro-batch; results come back in the order of submission."""
+    """The name of a submitted micro-batch."""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Landed:
+    """A micro-batch that has come back. ``result`` None: its instance died, and its KV cache too:
+    every sequence there has to be computed again from its tokens."""
+
+    ticket: Ticket
+    result: BatchResult | None
 
 
 @dataclass(slots=True)

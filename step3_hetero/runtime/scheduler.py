@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,55 +27,52 @@ class Share:
         """Say whether the last of these tokens is the newest, so that the next can be chosen."""
         return self.sequence.computed + self.count == len(self.sequence.tokens)
 
+    def rows(self, completes: bool) -> int:
+        """Return how many rows of logits are wanted of these tokens."""
+        return self.count if self.sequence.all_rows else int(completes)
+
 
 class Scheduler:
-    """First come, first served. Blocks for a whole answer are taken before it starts.
+    """What runs on one lane, and its next step. First come, first served.
 
     Every running sequence that decodes gets its token in every step; what is left of the prompt
-    budget goes to prompts in their order of arrival.
+    budget goes to prompts in their order of arrival. Lanes of one instance share an allocator.
     """
 
-    def __init__(self, max_batch: int, prefill_chunk: int, kv_blocks: int) -> None:
+    def __init__(self, max_batch: int, prefill_chunk: int, allocator: BlockAllocator) -> None:
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
-        self.allocator = BlockAllocator(kv_blocks)
-        self.waiting: deque[SequenceState] = deque()
+        self.allocator = allocator
         self.running: list[SequenceState] = []
 
-    def fits(self, tokens: int) -> bool:
-        """Say whether a sequence of so many tokens can ever run."""
-        return blocks_for(tokens) <= self.allocator.blocks
+    def admit(self, sequence: SequenceState) -> bool:
+        """Take a sequence in if there is room for it and blocks for its whole answer."""
+        if len(self.running) >= self.max_batch:
+            return False
+        blocks = self.allocator.take(blocks_for(sequence.prompt_tokens + sequence.max_new))
+        if blocks is None:
+            return False
+        sequence.blocks, sequence.table = blocks, np.array(blocks, np.int32)
+        self.running.append(sequence)
+        return True
 
     def next_shares(self) -> list[Share]:
-        """Admit what fits and return the tokens of the next step."""
-        self._admit()
+        """Return the tokens of the next step."""
         decoding = [Share(s, 1) for s in self.running if s.decoding]
         return decoding + self._prompt_shares()
-
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_batch:
-            sequence = self.waiting[0]
-            blocks = self.allocator.take(blocks_for(sequence.prompt_tokens + sequence.max_new))
-            if blocks is None:
-                return
-            sequence.blocks, sequence.table = blocks, np.array(blocks, np.int32)
-            self.running.append(self.waiting.popleft())
 
     def _prompt_shares(self) -> list[Share]:
         shares, budget = [], self.prefill_chunk
         for sequence in self.running:
             if budget and not sequence.decoding:
-                count = min(budget, sequence.prompt_tokens - sequence.computed)
+                count = min(budget, len(sequence.tokens) - sequence.computed)
                 shares.append(Share(sequence, count))
                 budget -= count
         return shares
 
     def release(self, sequence: SequenceState) -> None:
         """Take a sequence out and free its blocks."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        self.running.remove(sequence)
         self.allocator.give_back(sequence.blocks)
         sequence.blocks = []
 
@@ -101,7 +97,7 @@ def assemble(shares: Sequence[Share], banned: int) -> MicroBatch:
         meta=BatchMeta(positions, slots.astype(np.int32), starts, contexts, tables),
         rows=rows.astype(np.int32),
         choice=_choice(wanted, banned),
-        logprobs=[s.sequence.params.logprobs for s in wanted for _ in range(_rows_of(s))],
+        logprobs=[s.sequence.params.logprobs for s in wanted for _ in range(s.rows(s.completes))],
         images=tuple(_image_parts(shares, starts)),
         want_logits=any(s.sequence.all_rows for s in wanted),
     )
@@ -122,19 +118,13 @@ def _block_tables(shares: Sequence[Share], contexts: np.ndarray) -> np.ndarray:
     return tables
 
 
-def _rows_of(share: Share) -> int:
-    if share.sequence.all_rows:
-        return share.count
-    return int(share.completes)
-
-
 def _rows(share: Share, base: int) -> np.ndarray:
     """Return the batch rows whose logits are wanted: all, the last, or none."""
-    return np.arange(base + share.count - _rows_of(share), base + share.count)
+    return np.arange(base + share.count - share.rows(share.completes), base + share.count)
 
 
 def _choice(wanted: Sequence[Share], banned: int) -> Choice:
-    each = [s.sequence for s in wanted for _ in range(_rows_of(s))]
+    each = [s.sequence for s in wanted for _ in range(s.rows(s.completes))]
     return Choice(
         temperature=np.array([s.params.temperature for s in each], np.float64),
         top_k=np.array([s.params.top_k for s in each], np.int32),
@@ -153,7 +143,7 @@ def _draw(sequence: SequenceState) -> float:
 def _image_parts(shares: Sequence[Share], starts: np.ndarray) -> list[ImagePart]:
     parts: list[ImagePart] = []
     for share, base in zip(shares, starts[:-1], strict=True):
-        if share.sequence.prompt.images and not share.sequence.decoding:
+        if share.sequence.prompt.images and share.sequence.computed < share.sequence.prompt_tokens:
             first = share.sequence.computed
             parts += share.sequence.image_parts(first, first + share.count, int(base))
     return parts

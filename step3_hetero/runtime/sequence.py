@@ -63,8 +63,16 @@ class SequenceState:
 
     @property
     def decoding(self) -> bool:
-        """Say whether the prompt is computed and one token at a time remains."""
-        return self.computed >= self.prompt_tokens
+        """Say whether all but the newest token is computed: one at a time remains."""
+        return self.computed >= max(self.prompt_tokens, len(self.tokens) - 1)
+
+    def restart(self) -> None:
+        """Begin again from the tokens there are: what was cached of them is lost.
+
+        Draws depend on positions alone, so that the tokens to come are the same.
+        """
+        self.computed = 0
+        self.logits = None
 
     def image_key(self, image: int) -> int:
         """Return the executor's name for one of this request's images."""

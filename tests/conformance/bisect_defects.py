@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from step3_hetero import api
+from step3_hetero.api import open_prompter
 from step3_hetero.backend import Device
 from step3_hetero.composed import Attention, compose
 from step3_hetero.conformance.bisect_run import Subject
 from step3_hetero.model.checkpoint import Checkpoint
+from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
+from step3_hetero.runtime import resolving
 from step3_hetero.specs import HostTensor
 
 
@@ -186,14 +188,14 @@ def subject_of(model, device=None, *, role="a", dtype="fp32", backend="cpu", **r
         "a": {"stages": ["embed", "attention", "head"], "backend": backend},
         "f": {"stages": ["ffn"], "backend": backend},
     }
-    if api.ModelConfig.read(model).vision is not None:
+    if ModelConfig.read(model).vision is not None:
         roles["a"]["stages"].append("vision")
     values = {"version": 1, "model": str(model), "roles": roles}
-    config = api.read_config({**values, "runtime": {"dtype": dtype, **runtime}}, {})
-    folder = api.checkpoint_folder(config)
-    checkpoint = Checkpoint.open(folder, api.model_config(config))
-    resolved = api.resolve(config, checkpoint.config)
-    devices = api.stage_devices(resolved, api.open_devices(resolved))
+    config = resolving.read_config({**values, "runtime": {"dtype": dtype, **runtime}}, {})
+    folder = resolving.checkpoint_folder(config)
+    checkpoint = Checkpoint.open(folder, resolving.model_config(config))
+    resolved = resolving.resolve(config, checkpoint.config)
+    devices = resolving.stage_devices(resolved, resolving.open_devices(resolved))
     if device is not None:
         devices = {s: (r, device if r == role else d, f) for s, (r, d, f) in devices.items()}
     return Subject(
@@ -201,7 +203,7 @@ def subject_of(model, device=None, *, role="a", dtype="fp32", backend="cpu", **r
         resolved.placement,
         devices,
         checkpoint,
-        api.open_prompter(resolved.model, folder),
+        open_prompter(resolved.model, folder),
         config.runtime.max_batch,
         config.runtime.prefill_chunk,
     )

@@ -10,6 +10,7 @@ from PIL import Image
 
 from step3_hetero import api
 from step3_hetero.cli import COMMANDS, main
+from step3_hetero.runtime import resolving
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "examples" / "digits.yaml"
@@ -38,14 +39,14 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def defect(monkeypatch):
     """Give role a of every config a device that builds layer 2's attention without the scale."""
-    opened = api.open_devices
+    opened = resolving.open_devices
 
     def open_devices(resolved):
         device = planted("attention", 2, DEFECTS[2].plant, "cpu")
         own = resolved.placement.roles["a"].device
         return {key: device if key == own else d for key, d in opened(resolved).items()}
 
-    monkeypatch.setattr(api, "open_devices", open_devices)
+    monkeypatch.setattr(resolving, "open_devices", open_devices)
 
 
 def test_verdict_comes_first_and_the_table_after(run):
@@ -136,7 +137,7 @@ def test_kept_run_of_the_shadow_check_is_run_again(run, tmp_path, monkeypatch):
     from step3_hetero.conformance.shadow import ShadowCheck
     from step3_hetero.runtime.request import SamplingParams
 
-    opened = api.open_devices
+    opened = resolving.open_devices
 
     def with_defect(resolved):
         device = planted("attention", 2, DEFECTS[2].plant, "cpu")

@@ -5,10 +5,12 @@ import pytest
 
 from step3_hetero.conformance.case import DTYPES, Case, op
 from step3_hetero.conformance.cases import OPS_CASES, STAGE_CASES, trials
-from step3_hetero.conformance.draws import TILE, lay_out, tiled
+from step3_hetero.conformance.draws import DRAWS, TILE, lay_out, tiled
 from step3_hetero.conformance.forms import FORMS
 from step3_hetero.conformance.models import STACK_BYTES, kept_experts
 from step3_hetero.conformance.stages import PADDING, padded
+from step3_hetero.conformance.whole_model import Answers, partings
+from step3_hetero.graph import build_graph
 from step3_hetero.model.config import step3
 from step3_hetero.ops import OPS
 
@@ -95,3 +97,52 @@ def test_padding_adds_rows_that_write_nothing():
     assert longer.meta.tokens == inputs.meta.tokens + PADDING
     assert (longer.meta.slots[-PADDING:] == -1).all()
     assert longer.meta.query_starts[-1] == inputs.meta.tokens
+
+
+def asked():
+    """Return every OpSpec that a device is asked for: by the cases, and by the stages of Step-3."""
+    stages = build_graph(step3(), dtype="bfloat16").stages
+    yield from (spec for trial in trials().values() for spec in trial.specs())
+    yield from (spec for stage in stages for spec in stage.spec.ops("auto"))
+
+
+def test_every_op_is_asked_for_with_the_dims_and_parameters_that_its_entry_names():
+    for spec in asked():
+        op_ = OPS[spec.op]
+        assert set(op_.dims) <= set(spec.dims), spec
+        assert set(op_.parameters) <= set(spec.parameters), spec
+        assert (spec.weight_format is not None) == op_.prepared, spec
+
+
+def test_focused_queries_give_most_of_their_weight_to_one_far_key():
+    (case,) = (c for c in OPS_CASES if c.draw == "focused" and c.dtype == "float32"
+               and 65536 in c.sizes("contexts"))  # fmt: skip
+    inputs = FORMS["attention"].draw(case, case.rng())
+    keys = inputs.history[0][inputs.meta.block_tables[0]].reshape(-1, case.size("head_dim"))
+    scores = inputs.arrays["q"][0] @ keys.T * case.parameters["scale"]
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    assert np.median(weights[:, 0] / weights.sum(-1)) > 0.9
+
+
+def test_extremes_reach_both_ends_of_a_wire_format():
+    from step3_hetero.conformance.trial import reference
+
+    x = DRAWS["extremes"](np.random.default_rng(0), (40, 256)).astype(np.float32)
+    q, _ = reference().kernel("quantise")(x, dtype="int8")
+    assert set(np.unique(q[(x != 0).all(-1)])) >= {-127, 127}
+    assert np.abs(q.astype(int)).max() == 127
+
+
+def answers_of(logits):
+    shifted = np.asarray(logits, float) - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return Answers([tuple(np.argmax(shifted, -1))], [shifted])
+
+
+def test_another_greedy_token_is_legal_only_within_the_rounding_of_the_reference():
+    want = answers_of([[2.0, 1.0], [1.000, 1.001]])
+    coarse = answers_of([[2.0, 1.001], [1.0005, 1.0]])
+    fine = answers_of([[2.0, 1.0000001], [1.000, 1.001]])
+    got = answers_of([[2.0, 1.0], [1.002, 1.001]])
+    assert partings(got, want, coarse) == []
+    (finding,) = partings(got, want, fine)
+    assert "question 0: first other token at place 1, margin 0.001" in finding.message

@@ -1,6 +1,7 @@
 """What a certificate says, and the page made from certificates."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from step3_hetero.conformance.certificate import (
     Certificate,
     certify,
     claimed_untested,
-    missing_text_ops,
     schema_text,
 )
 from step3_hetero.conformance.digests import digests
 from step3_hetero.conformance.exam import CaseResult, Finding
 from step3_hetero.conformance.sketch import distance, sketch_of
+from step3_hetero.conformance.text_layer import missing_text_ops
 from step3_hetero.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,22 @@ def test_a_backend_without_an_op_of_the_text_layer_is_told(cpu, monkeypatch):
     assert missing_text_ops(backend, device.info) == ["route"]
 
 
+@pytest.mark.parametrize(
+    ("refuses", "missing"),
+    [
+        (lambda spec: spec.dims.get("hidden", 0) > 4096, ["add", "embed", "experts"]),
+        (lambda spec: (spec.op, spec.dtype) in {("rope", "float32"), ("swiglu", "bfloat16")},
+         ["rope"]),
+    ],
+)  # fmt: skip
+def test_a_text_layer_needs_real_sizes_and_one_dtype_for_all(cpu, monkeypatch, refuses, missing):
+    backend, device = cpu
+    monkeypatch.setattr(
+        type(backend), "supports", lambda self, info, spec: "no" if refuses(spec) else None
+    )
+    assert missing_text_ops(backend, device.info) == missing
+
+
 def test_what_is_claimed_and_never_tried_is_listed(cpu):
     backend, device = cpu
     listed = claimed_untested(backend, device.info, [passing()])
@@ -83,13 +100,19 @@ def test_what_is_no_certificate_is_refused(content, tmp_path):
         Certificate.read(tmp_path / "c.json")
 
 
+def test_a_certificate_names_the_libraries_that_judged(cpu):
+    backend, device = cpu
+    said = certify(backend, device.info, [], "full").numpy
+    assert re.fullmatch(r"[0-9.]+ \(\S+ [0-9.]+\)", said)
+
+
 def test_digest_follows_every_file_of_the_backend(cpu, tmp_path, monkeypatch):
     backend, _ = cpu
     before = digests(backend)
     other = tmp_path / "cpu"
     other.mkdir()
     (other / "moe.py").write_text("x = 1\n")
-    monkeypatch.setattr("step3_hetero.conformance.digests._folders", lambda _: [other])
+    monkeypatch.setattr("step3_hetero.conformance.digests._origins", lambda _: [other])
     first = digests(backend)
     (other / "moe.py").write_text("x = 2\n")
     second = digests(backend)
@@ -105,7 +128,7 @@ def test_page_says_when_the_code_has_changed_since(cpu):
     old = good.model_copy(update={"digests": {**good.digests, "ops": "0"}, "date": "2026-01-01"})
     assert ops_page.standing(old) == "passed at 2026-01-01, changed since: ops"
     gone = good.model_copy(update={"backend": "none"})
-    assert "not installed here" in ops_page.standing(gone)
+    assert "its code is not in this repository" in ops_page.standing(gone)
 
 
 def test_page_shows_worst_figure_failure_gap_and_what_is_not_claimed(cpu):

@@ -1,6 +1,11 @@
 """``conformance run|compare|record|verify`` as a user and a vendor's CI see them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 
 import jsonschema
@@ -10,7 +15,7 @@ from step3_hetero.conformance.certificate import Certificate, schema_text
 
 LITTLE = ("--only", "tokens=5,hidden=64", "--only", "rope tokens=9", "--only", "concat")
 SIZES = ("tokens=5,hidden=64", "tokens=5,inter=80", "tokens=5,n=64", "rope tokens=9",
-         "tokens=7,n=96", "resize size=5")  # fmt: skip
+         "tokens=7,n=96", "resize size=5", "layer_norm tokens=0")  # fmt: skip
 
 
 def terms(*words):
@@ -27,15 +32,45 @@ def test_a_crash_a_hang_and_an_exception_fail_their_own_case_and_no_other(comman
     assert "SIGSEGV" in found["add"]["findings"][0]["message"]
     assert "within 8 s" in found["swiglu"]["findings"][0]["message"]
     assert found["quick_gelu"]["findings"][0] == {
-        "check": "runs", "message": "RuntimeError: no such luck"
+        "check": "runs", "message": "LostError: device lost: 700 at quick_gelu"
     }  # fmt: skip
-    assert found["rope"]["status"] == "failed"
+    assert {f["check"] for f in found["rope"]["findings"]} == {"rows", "elements"}
+    assert "supports raises KeyError: 'rows'" in found["layer_norm"]["findings"][0]["message"]
     assert found["rms_norm"]["status"] == "passed"
     assert found["resize"]["status"] == "unclaimed"
     assert "no kernel for resize" in found["resize"]["reason"]
     suite = ElementTree.parse(tmp_path / "bad.xml").getroot()
-    assert (suite.get("failures"), suite.get("skipped")) == ("4", "1")
+    assert (suite.get("failures"), suite.get("skipped")) == ("6", "1")
     assert "FAILED" in done.stdout
+
+
+def test_a_stage_may_bring_its_plan_to_the_device(command):
+    done = command(
+        "conformance", "run", "--backend", "bad", "--only", "attention_stage contexts=1,"
+    )
+    assert "data leaves" not in done.stdout + done.stderr
+    assert "attention_stage" in done.stdout
+
+
+def test_an_interrupt_keeps_what_was_found(bad_vendor, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(bad_vendor.parent), "OMP_NUM_THREADS": "1",
+                   "BAD_MARK": str(tmp_path / "hangs")}  # fmt: skip
+    arguments = ("--backend", "bad", *terms("tokens=7,n=96", "swiglu"), "--json", "c.json")
+    with subprocess.Popen(
+        [sys.executable, "-m", "step3_hetero.cli", "conformance", "run", *arguments],
+        cwd=tmp_path, env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        while not (tmp_path / "hangs").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted after" in said
+    raw = json.loads((tmp_path / "c.json").read_text())
+    assert raw["scope"] == "selected"
+    assert {c["op"]: c["status"] for c in raw["cases"]}["rms_norm"] == "passed"
 
 
 def test_a_known_gap_is_no_failure_until_it_passes(command, bad_vendor):
@@ -72,6 +107,7 @@ def test_a_gap_that_is_none_is_refused_before_anything_runs(command, bad_vendor,
         (("--backend", "none"), "no backend 'none'; installed: bad, cpu"),
         (("--backend", "cpu:x"), "backend 'cpu:x' refused; expected NAME or NAME:INDEX"),
         (("--backend", "reference"), "is what others are held to"),
+        (("--backend", "cpu", "--option", "fast"), "option 'fast' refused; expected KEY=VALUE"),
         (("--backend", "cpu", "--only", "ropes"), "no case matches ropes"),
         (("--backend", "cpu", "--only", "rope", "--json", "no/c.json"), "no folder 'no'"),
     ],

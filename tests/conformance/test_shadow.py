@@ -83,11 +83,8 @@ class Doubled:
 
 def spoil(engine, stage):
     """Plant a defect in one stage of a running engine."""
-    stages = engine.executor._stages
-    bad = replace(stages[stage], stage=Doubled(stages[stage].stage))
-    stages[stage] = bad
-    order = engine.executor._order
-    order[[s.node.name for s in order].index(stage)] = bad
+    stages = engine.executor._program._stages
+    stages[stage] = replace(stages[stage], stage=Doubled(stages[stage].stage))
 
 
 def steps_until_report(engine, most):
@@ -140,7 +137,7 @@ def test_batches_and_long_contexts_are_checked_against_their_own_keys(engine_of,
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     for prompt in prompts:
         engine.submit(prompt, params)
-    while engine.scheduler.running or engine.scheduler.waiting:
+    while engine.lanes.lanes[0].scheduler.running or engine.lanes.waiting:
         engine.step()
     report = api.shadow_report(engine)
     assert (report["excesses"], report["worst"] <= 1) == (0, True)

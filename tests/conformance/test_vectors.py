@@ -1,11 +1,13 @@
 """Golden vectors: recorded here, verified there, refused when a byte has changed."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from step3_hetero.conformance import vectors
+from step3_hetero.conformance import models, stages, vectors
+from step3_hetero.conformance.last import Last
 from step3_hetero.conformance.suite import select
 from step3_hetero.errors import ConfigError
 from step3_hetero.registry import get_backend
@@ -22,8 +24,16 @@ CHOSEN = (
 @pytest.fixture(scope="module")
 def recorded(cpu, tmp_path_factory):
     path = tmp_path_factory.mktemp("vectors") / "v.safetensors"
-    vectors.write(path, *cpu, dict(vectors.record(*cpu, select(CHOSEN))))
+    vectors.write(path, *cpu, kept_of(vectors.record(*cpu, select(CHOSEN))))
     return path
+
+
+def kept_of(recorded):
+    return {case: kept for case, kept in recorded if not isinstance(kept, str)}
+
+
+def verified(backend, device, cases):
+    return [vectors.verify(backend, device, case, cases[case]) for case in cases]
 
 
 def other_device():
@@ -34,10 +44,13 @@ def other_device():
 
 def test_what_one_backend_recorded_another_verifies(recorded):
     manifest, cases = vectors.read(recorded)
-    results = list(vectors.verify(*other_device(), cases))
+    results = verified(*other_device(), cases)
     assert manifest["backend"] == "cpu"
     assert len(results) == len(cases) > 10
     assert {r.status for r in results} == {"passed"}
+    far = [vectors.apart(r, cases[r.id]) for r in results]
+    assert max(far) < 1e-3
+    assert any(x > 0 for x in far)
 
 
 def test_a_wrong_kernel_fails_verification_without_asking_the_reference(recorded, monkeypatch):
@@ -49,17 +62,53 @@ def test_a_wrong_kernel_fails_verification_without_asking_the_reference(recorded
     right = device.kernels["rms_norm"]
     device.kernels = {**device.kernels, "rms_norm": lambda x, w, eps: right(x, w, eps=100 * eps)}
     _, cases = vectors.read(recorded)
-    failed = {r.id.split("[")[0] for r in vectors.verify(backend, device, cases)
+    failed = {r.id.split("[")[0] for r in verified(backend, device, cases)
               if r.status == "failed"}  # fmt: skip
     assert failed == {"rms_norm"}
 
 
-def test_inputs_that_are_drawn_otherwise_here_are_named(recorded):
+@pytest.mark.parametrize("name", ["rms_norm", "ffn_stage"])
+def test_small_inputs_come_from_the_file_and_others_must_be_drawn_alike(recorded, name):
     _, cases = vectors.read(recorded)
-    name = next(iter(cases))
-    changed = vectors.Recorded(cases[name].expected, cases[name].got, {"x": "0" * 64})
-    (result,) = vectors.verify(*other_device(), {name: changed})
-    assert result.findings[0].check == "inputs"
+    case = next(c for c in cases if c.startswith(name))
+    one = cases[case]
+    kept = next(iter(one.values))
+    turned = {**one.values, kept: -one.values[kept]}
+    result = vectors.verify(*other_device(), case, replace(one, values=turned))
+    assert (result.status, result.findings[0].check) == ("failed", "inputs")
+    assert kept in result.findings[0].message
+
+
+def test_the_weights_behind_a_stage_and_the_batch_are_part_of_the_inputs(recorded, monkeypatch):
+    _, cases = vectors.read(recorded)
+    case = next(c for c in cases if c.startswith("ffn_stage"))
+    assert any(name.startswith("batch ") for name in cases[case].inputs)
+    drawn = models.Drawn._draw
+    monkeypatch.setattr(stages, "DRAWN", Last())
+    monkeypatch.setattr(
+        models.Drawn, "_draw",
+        lambda self, name: replace(t := drawn(self, name), data=t.data[::-1].copy()),
+    )  # fmt: skip
+    result = vectors.verify(*other_device(), case, cases[case])
+    assert "stage model.layers.0.mlp" in result.findings[0].message
+
+
+def test_a_file_of_no_cases_is_neither_written_nor_believed(cpu, recorded, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="no case to record"):
+        vectors.write(tmp_path / "v", *cpu, {})
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(vectors, "trials", dict)
+    with pytest.raises(ConfigError, match="is no case of this suite"):
+        vectors.read(recorded)
+
+
+def test_what_is_left_out_is_told(cpu):
+    backend, _ = other_device()
+    device = backend.open(0)
+    device.kernels = {**device.kernels, "rope": lambda x, positions, theta: x * 2}
+    said = dict(vectors.record(backend, device, select(["rope tokens=9"])))
+    assert len(said) == 2
+    assert all(why.startswith("failed: rows: ") for why in said.values())
 
 
 def test_any_flipped_byte_and_any_cut_is_refused(recorded, tmp_path):

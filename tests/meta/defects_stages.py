@@ -160,6 +160,46 @@ class PaddingCached(Attention):
         self.batch = Batch(replace(meta, slots=slots))
 
 
+class PositionsOfTheFirstBatch(Attention):
+    """Keeps what it worked out of the first batch's positions later ones no longer than it."""
+
+    first = None
+
+    def plan(self, meta):
+        super().plan(meta)
+        if self.spec.batch_invariant:
+            return
+        if self.first is None:
+            self.first = meta.positions
+        if len(self.first) >= meta.tokens:
+            self.batch = Batch(replace(meta, positions=self.first[: meta.tokens]))
+
+
+class WiderWithPadding(Attention):
+    """Forgets to round where it cuts rows off."""
+
+    padded = False
+
+    def plan(self, meta):
+        super().plan(meta)
+        self.padded = int(meta.query_starts[-1]) < meta.tokens
+
+    def forward(self, inputs):
+        results = super().forward(inputs)
+        return {**results, "u": results["u"].astype(np.float64)} if self.padded else results
+
+
+class FetchesForTheCaller(Ffn):
+    """Brings its result through the host into buffers that the caller gives."""
+
+    def run(self, inputs, out=None):
+        results = self.forward(inputs)
+        if out is None:
+            return results
+        out["y"][...] = self.device.from_host(self.device.to_host(results["y"]))
+        return out
+
+
 class FirstRowsOnly(Head):
     """Takes the first rows, however they are chosen."""
 
@@ -206,6 +246,9 @@ STAGES = (
     stage("attention_stage", "keys not rotated", KeysNotRotated),
     stage("attention_stage", "query norm left out", InterNormLeftOut),
     stage("attention_stage", "padded rows written to the cache", PaddingCached),
+    stage("attention_stage", "positions of the first batch", PositionsOfTheFirstBatch),
+    stage("attention_stage", "float64 with padding", WiderWithPadding),
+    stage("ffn_stage", "the caller's buffers filled from the host", FetchesForTheCaller),
     stage("head_stage", "rows in rising order", FirstRowsOnly),
     stage("head_stage", "final norm left out", NormLeftOut),
     stage("embed_stage", "image rows left out", ImageRowsLeftOut),

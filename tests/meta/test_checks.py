@@ -8,8 +8,10 @@ import pytest
 from meta.defects_contract import reused
 from meta.defects_products import ties_to_the_higher
 from meta.defects_stages import (
+    STAGES,
     Elsewhere,
     PaddingCached,
+    PositionsOfTheFirstBatch,
     Tiles,
     by_kind,
     stage,
@@ -40,7 +42,7 @@ def a_little_too_large(out):
 
 def one_coarse_element(out):
     """Put one element of 18,432 off by 60 roundings of its row's size: the row hides it."""
-    if out.shape[-1:] == (18_432,):
+    if out.shape[-1:] == (18_432,) and len(out) > 3:
         size = np.sqrt(np.mean(out[3].astype(np.float64) ** 2))
         out[3, 4_321] += out.dtype.type(60 * ROUNDOFF[out.dtype.name] * size)
     return out
@@ -119,6 +121,7 @@ CAUGHT_BY_ONE = {
     "calls": Defect("swiglu", "through the host", through_the_host),
     "composition": Defect("attention_stage", "kernels blind to strides", blind_to_strides),
     "padding": stage("attention_stage", "padding cached", PaddingCached),
+    "reuse": stage("attention_stage", "positions of the first batch", PositionsOfTheFirstBatch),
     "batch-invariance": by_kind("ffn", "deaf to batch invariance", Tiles, Ffn),
 }
 """For each check a defect that it alone sees."""
@@ -142,3 +145,15 @@ def test_defect_passes_when_its_check_alone_is_removed(check):
     defect = CAUGHT_BY_ONE[check]
     assert found_by(defect) == {check}
     assert found_by(defect, without({check})) == set()
+
+
+@pytest.mark.parametrize(
+    ("what", "checks"),
+    [
+        ("attention_stage: float64 with padding", {"padding"}),
+        ("ffn_stage: the caller's buffers filled from the host", {"calls"}),
+    ],
+)
+def test_every_run_is_held_like_the_plain_one(what, checks):
+    (defect,) = (d for d in STAGES if str(d) == what)
+    assert found_by(defect) == checks

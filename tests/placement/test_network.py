@@ -8,7 +8,7 @@ import pytest
 from step3_hetero.model.config import FAMILIES
 from step3_hetero.placement.asked import wires_of
 from step3_hetero.placement.catalogue import Catalogue
-from step3_hetero.placement.columns import Clocks, Problem, WireLimits
+from step3_hetero.placement.columns import Clocks, Problem
 from step3_hetero.placement.network import (
     CARD,
     HOST,
@@ -22,6 +22,7 @@ from step3_hetero.placement.network import (
     wire_between,
     with_host_nics,
 )
+from step3_hetero.placement.pace import Wires
 from step3_hetero.placement.pools import Pool
 from step3_hetero.placement.workload import step3_workload
 
@@ -95,8 +96,8 @@ def test_a_shared_nic_lets_as_many_tokens_through_as_its_return_direction(gbit, 
     pools = [Pool.of(cards(name, gbit, 1), 8) for name in ("h800", "ascend-910b")]
     pools = [replace(p, efficiency=replace(p.efficiency, message_s=0.0)) for p in pools]
     problem = Problem(step3_workload(FAMILIES["step3"]()), tuple(pools), 8192, wires_of(pools))
-    clocks = Clocks(np.array([0.05]), np.array([8.0]), np.array([1 / 8]))
-    limit = WireLimits.of(problem, clocks).tokens(0, 1, cards=1, ep=1)[0]
+    clocks = Clocks(np.array([0.05]), np.array([8.0]), np.array([1 / 8]), LAYERS)
+    limit = np.floor(Wires(problem, clocks).per_card(0, 1, clocks.stage_s)[0])
     slot_s = 0.05 / 8 / LAYERS
     exact_us = {25: 4608, 100: 1152, 200: 576, 400: 288}[gbit] * 2 * ROWS * HIDDEN / BACK_BYTES
     assert limit == np.floor(ROWS * slot_s * 1e6 / exact_us)

@@ -35,7 +35,7 @@ def planned(run):
     def planned(*arguments):
         code, out, _ = run("plan", *ASKED, *arguments, "--json")
         found = json.loads(out)
-        assert code == (0 if found["feasible"] else 1)
+        assert code == (0 if found["feasible"] else 2)
         return found
 
     return planned

@@ -1,5 +1,7 @@
 """The integer program against answers worked by hand; the working stands beside each."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from step3_hetero.placement.solve import (
     cheapest_per_token,
     knapsack,
     most_tokens,
+    quietly,
     undominated,
 )
 
@@ -157,3 +160,16 @@ def test_a_column_goes_only_where_whole_copies_of_another_do_as_much():
     assert undominated(cards, give, same, [0, 1, 0]) == [0, 1, 2], "another pool's stays"
     gets = np.array([[1.0], [2.0], [1.0]])
     assert 1 in undominated(cards, give, gets, [0, 0, 0]), "it is reached better"
+    two, three = np.array([[20.0], [30.0]]), np.array([2.0, 3.0])
+    assert undominated(three, two, np.ones((2, 1)), [0, 0]) == [0, 1], "one of 2 is no 1.5"
+
+
+def test_a_solver_that_writes_past_python_does_not_reach_stdout(capfd):
+    def talks(number):
+        os.write(1, b"HiGHS says something")
+        return number + 1
+
+    print("{", end="")
+    assert quietly(talks, 41) == 42
+    print("}", end="")
+    assert capfd.readouterr().out == "{}"

@@ -108,7 +108,7 @@ def test_more_requests_than_memory_wait_their_turn(engine_of, prompt):
             completion.token_ids
             == roomy.generate(ids, SamplingParams(max_tokens=40, **FREE)).token_ids
         )
-    assert engine.scheduler.allocator.free == 3
+    assert engine.lanes.free_blocks == 3
 
 
 def test_cancelling_frees_blocks_and_leaves_the_others_alone(engine_of, prompt):
@@ -122,7 +122,7 @@ def test_cancelling_frees_blocks_and_leaves_the_others_alone(engine_of, prompt):
     assert 0 < len(partial.token_ids) < 20
     done = engine.run([kept])[0]
     assert done.token_ids == engine_of().generate(prompt(30), params).token_ids
-    assert engine.scheduler.allocator.free == engine.executor.kv_blocks
+    assert engine.lanes.free_blocks == engine.executor.kv_blocks
 
 
 def test_a_long_prompt_does_not_stall_those_who_decode(engine_of, prompt):
@@ -173,8 +173,8 @@ def test_a_bad_prompt_is_refused_and_nothing_is_held(ids, words, engine_of):
     engine = engine_of()
     with pytest.raises(RequestError, match=words):
         engine.generate(ids)
-    assert engine.scheduler.allocator.free == engine.executor.kv_blocks
-    assert not engine.scheduler.waiting
+    assert engine.lanes.free_blocks == engine.executor.kv_blocks
+    assert not engine.lanes.waiting
 
 
 def test_text_without_a_tokenizer_is_refused(engine_of):
@@ -211,7 +211,7 @@ def test_a_callback_that_raises_ends_its_own_request_only(engine_of, prompt):
     with pytest.raises(RuntimeError, match="the listener is gone"):
         engine.step()
     assert engine.run([kept])[0].token_ids == engine_of().generate(prompt(30), params).token_ids
-    assert engine.scheduler.allocator.free == engine.executor.kv_blocks
+    assert engine.lanes.free_blocks == engine.executor.kv_blocks
 
 
 @pytest.mark.parametrize(("at", "reason"), [(1, "cancelled"), (4, "length")])
@@ -243,7 +243,7 @@ def test_a_refused_request_leaves_none_of_its_batch_behind(engine_of, prompt):
     engine = engine_of()
     with pytest.raises(RequestError):
         engine.generate_all([Request(prompt(3)), Request([999])])
-    assert not engine.scheduler.waiting
+    assert not engine.lanes.waiting
     assert not engine._sequences
 
 

@@ -205,18 +205,18 @@ def test_rows_of_an_image_are_forgotten_after_the_request(engine_of, seeing, pic
         images=[pictures((32, 32)), pictures((50, 40))],
     )
     engine.step()
-    assert len(engine.executor._images) == 2
+    assert len(engine.executor._program._images) == 2
     engine.run([number])
-    assert engine.executor._images == {}
+    assert engine.executor._program._images == {}
 
 
 def test_rows_of_an_image_are_forgotten_after_a_cancel(engine_of, seeing, pictures):
     engine = engine_of(model=seeing, prefill_chunk=4)
     number = engine.submit([20, IM_PATCH, 20], images=[pictures((50, 40))])
     engine.step()
-    assert len(engine.executor._images) == 1
+    assert len(engine.executor._program._images) == 1
     engine.cancel(number)
-    assert engine.executor._images == {}
+    assert engine.executor._program._images == {}
 
 
 @pytest.fixture(scope="session")

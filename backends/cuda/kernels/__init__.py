@@ -1,0 +1,1 @@
+"""Triton source, one file an op family. What starts a kernel stands beside this folder."""

@@ -1,0 +1,188 @@
+"""How the planner's time grows with the pools; its predictions beside `generate`, on request."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine
+
+KINDS = ("h800", "h20", "a800", "ascend-910b")
+SIZES = (16, 64, 1_000, 10_000, 100_000, 1_000_000)
+PAIRS = 5
+BATCH, PROMPT, DECODE = 8, 32, 64
+PLACEMENTS = {
+    "all on cpu": {"roles__f__backend": "cpu"},
+    "all on reference": {"roles__a__backend": "reference"},
+    "attention on cpu, FFN on reference": {},
+}
+WITHIN = 0.20
+
+EPILOG = """\b
+Examples:
+  python -m bench.planner
+  bench/setup_aiconfigurator.sh .venv-aiconfigurator
+  python -m bench.planner --runs 1 --beside ".venv-aiconfigurator/bin/aiconfigurator cli default
+      --model-path Qwen/Qwen3-30B-A3B --total-gpus 16 --system h200_sxm --serving-mode afd
+      --isl 4000 --osl 500 --tpot 50 --ttft 5000"
+  python -m bench.planner --generate                   # on a quiet machine
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--beside", help="Command line of another planner, timed in the same run.")
+@click.option("--generate", is_flag=True, help="Predict `generate` from profiles and measure it.")
+@click.option("--config", default="examples/digits.yaml", show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures there.")
+def main(runs: int, beside: str | None, generate: bool, config: str, file: Path | None) -> None:
+    """Plan Step-3 on growing pools of one to four kinds of card, each with its certificate.
+
+    With --generate: profile and run three placements in turn, five of each, and compare.
+    """
+    report: dict[str, Any] = {"machine": machine.describe()}
+    if generate:
+        report["generate"] = [predicted_and_measured(config, name) for name in PLACEMENTS]
+        show("generate, tokens a second", report["generate"])
+    else:
+        report["growth"] = [row for size in SIZES for row in growth(size, runs)]
+        show("plan, seconds (median)", report["growth"])
+    if beside is not None:
+        report["beside"] = timed(shlex.split(beside), runs)
+        show("beside", [report["beside"]])
+    Console().print(machine.sentence(report["machine"]), soft_wrap=True, highlight=False)
+    if file is not None:
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def growth(size: int, runs: int) -> list[dict[str, Any]]:
+    """Return the planner's seconds at one size, with one and with four kinds of card."""
+    from step3_hetero.placement.asked import Asked
+    from step3_hetero.placement.planner import plan
+
+    rows = []
+    for kinds in (KINDS[:1], KINDS):
+        pools = [f"{kind}={size}" for kind in kinds]
+        asked = Asked.of(model="step3", pools=pools, host_nic_gbit=400, host_nics_per_server=8)
+        times, outcome = [], None
+        for _ in range(runs):
+            started = time.perf_counter()
+            outcome = plan(asked.request)
+            times.append(time.perf_counter() - started)
+        assert outcome is not None, "there is at least one run"
+        score = outcome.winner.score
+        rows.append(
+            {
+                "kinds": len(kinds),
+                "cards of each": size,
+                "seconds": round(median(times), 2),
+                "$/Mtok": round(score, 4),
+                "gap": f"{max(0.0, 1 - outcome.bound / score):.1e}",
+                "programs": outcome.split.programs,
+            }
+        )
+    return rows
+
+
+def timed(command: Sequence[str], runs: int) -> dict[str, Any]:
+    """Return the seconds of another program."""
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        times.append(time.perf_counter() - started)
+        if done.returncode:
+            raise click.ClickException(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
+    return {"command": shlex.join(command), "seconds": round(median(times), 2)}
+
+
+def predicted_and_measured(config: str, name: str) -> dict[str, Any]:
+    """Return predicted and measured decode speed of one placement; profile and runs take turns."""
+    from step3_hetero import api
+    from step3_hetero.placement.profile_predict import tokens_per_s
+    from step3_hetero.runtime.resolving import read_config, resolve
+
+    overrides = PLACEMENTS[name]
+    predicted, measured = [], []
+    with api.load(config, **overrides) as engine:
+        for _ in range(PAIRS):
+            resolved = resolve(read_config(config, overrides))
+            profiles = profiles_of(resolved)
+            predicted.append(tokens_per_s(resolved.placement, profiles, BATCH, PROMPT, DECODE))
+            measured.append(decode_speed(engine))
+    want, got = median(measured), median(predicted)
+    return {
+        "placement": name,
+        "predicted": round(got, 1),
+        "measured": round(want, 1),
+        "error": f"{got / want - 1:+.1%}",
+        "within": abs(got / want - 1) <= WITHIN,
+    }
+
+
+def profiles_of(resolved: Any) -> dict[str, Any]:
+    """Measure each backend of a placement on the stages that run on it."""
+    from dataclasses import replace
+
+    from step3_hetero.placement.profile_measure import Bench, Clock, measure, with_stages
+    from step3_hetero.placement.profile_predict import measure_engine
+    from step3_hetero.registry import get_backend
+
+    dtype = resolved.graph.by_name["head"].spec.dtype
+    around = measure_engine(resolved.model, resolved.placement, (BATCH,))
+    found = {}
+    for role in resolved.placement.roles.values():
+        backend = role.backend.name
+        bench = Bench(get_backend(backend).open(role.index, role.options), dtype, Clock())
+        mine = {r.name for r in resolved.placement.roles.values() if r.backend.name == backend}
+        role_of = resolved.placement.role_of
+        stages = [s for s in resolved.graph.stages if role_of[s.name] in mine]
+        whole = with_stages(
+            measure(bench, backend, None), bench, stages, role.weight_format, PROMPT + DECODE
+        )
+        found[backend] = replace(whole, step_s=around)
+    return found
+
+
+def decode_speed(engine: Any) -> float:
+    """Return decoded tokens a second: B·N / (time for N+1 tokens − time for 1)."""
+    from step3_hetero import SamplingParams
+    from step3_hetero.runtime.request import Request
+
+    draw = np.random.default_rng(0)
+    banned = engine.prompter.banned_id  # a prompt with the image token would need an image
+    allowed = [n for n in range(engine.model.text.vocab_size) if n != banned]
+    prompts = draw.choice(allowed, (BATCH, PROMPT)).tolist()
+    times = []
+    for tokens in (1, DECODE + 1):
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        started = time.perf_counter()
+        engine.generate_all([Request(prompt, params) for prompt in prompts])
+        times.append(time.perf_counter() - started)
+    return BATCH * DECODE / (times[1] - times[0])
+
+
+def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*[str(value) for value in row.values()])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A connection between two processes of one engine: frames out, frames in, signs of life."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from select import select
+from typing import Any
+
+from step3_hetero.afd.messages import Kind
+from step3_hetero.afd.parcel import parcel, unpacked
+from step3_hetero.errors import EdgeMismatch
+from step3_hetero.specs import HostArray
+from step3_hetero.transport.base import Channel, FrameLimits
+
+BEATS_PER_DEADLINE = 4
+
+HEAD_BYTES = 4 << 20
+"""Log-probabilities of a whole vocabulary, for a few rows, fit."""
+
+SEND_DEADLINE_S = 30.0
+"""A peer that computes reads nothing meanwhile, and sends signs of life from a thread."""
+
+Said = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A frame that has come in: what it is, which one, what it says, its arrays."""
+
+    kind: int
+    epoch: int
+    seq: int
+    said: Said
+    arrays: dict[str, HostArray]
+
+
+class Link:
+    """One peer. Any thread may send; one receives."""
+
+    def __init__(self, channel: Channel, name: str) -> None:
+        self.channel = channel
+        self.name = name
+        self.last_seen = time.monotonic()
+        self.closed = False
+        self._sending = threading.Lock()
+
+    def fileno(self) -> int:
+        """Return what ``select`` waits for."""
+        return self.channel.fileno()
+
+    def send(
+        self,
+        kind: Kind,
+        seq: int = 0,
+        said: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, HostArray] | None = None,
+        *,
+        epoch: int = 0,
+    ) -> None:
+        """Send one message.
+
+        Raises:
+            RoleLost, TransportTimeout: the peer is gone, or takes nothing any more.
+        """
+        frame = parcel(kind, epoch, seq, said or {}, arrays or {})
+        with self._sending:
+            self.channel.send(frame, SEND_DEADLINE_S)
+
+    def receive(self, deadline_s: float) -> Message:
+        """Return the next message, signs of life included.
+
+        Raises:
+            TransportTimeout, RoleLost, CorruptFrame, EdgeMismatch: as ``Channel.receive``.
+        """
+        frame = self.channel.receive(deadline_s)
+        self.last_seen = time.monotonic()
+        said, arrays = unpacked(frame, self.name)
+        return Message(frame.kind, frame.epoch, frame.seq, said, arrays)
+
+    def wants(self, kind: Kind, deadline_s: float) -> Message:
+        """Return the next message that is no sign of life, which has to be of this kind.
+
+        Raises:
+            EdgeMismatch: the peer refuses, or says something else.
+        """
+        until = time.monotonic() + deadline_s
+        while True:
+            message = self.receive(max(0.0, until - time.monotonic()))
+            if message.kind == Kind.BEAT:
+                continue
+            if message.kind == Kind.REFUSED:
+                raise EdgeMismatch(str(message.said.get("why", f"{self.name} refuses")))
+            if message.kind != kind:
+                raise EdgeMismatch(f"{self.name} said {message.kind}, expected {kind.name.lower()}")
+            return message
+
+    def silent_s(self) -> float:
+        """Return the seconds since the last sign of life."""
+        return time.monotonic() - self.last_seen
+
+    def close(self) -> None:
+        """Let go of the channel."""
+        if not self.closed:
+            self.closed = True
+            self.channel.close()
+
+
+class Heart:
+    """Sends signs of life on links from a thread of its own, also while kernels run."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._period_s = deadline_s / BEATS_PER_DEADLINE
+        self._links: list[Link] = []
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._thread.start()
+
+    def watch(self, link: Link) -> None:
+        """Begin to send on a link."""
+        self._links.append(link)
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self._period_s):
+            for link in list(self._links):
+                try:
+                    link.send(Kind.BEAT)
+                except Exception:  # whoever reads the link is told
+                    self._links.remove(link)
+
+
+def ready(links: Iterable[Any], deadline_s: float) -> list[Any]:
+    """Return those of ``links`` (anything with a ``fileno``) that have something to read."""
+    waiting = list(links)
+    if not waiting:
+        time.sleep(deadline_s)
+        return []
+    return select(waiting, [], [], deadline_s)[0]
+
+
+def limits(part_bytes: int) -> FrameLimits:
+    """Return the limits of a link whose arrays take at most ``part_bytes``."""
+    return FrameLimits(HEAD_BYTES, part_bytes, 256)

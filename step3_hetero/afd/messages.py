@@ -1,0 +1,171 @@
+"""What the processes of one engine say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from step3_hetero.backend import BatchMeta
+from step3_hetero.errors import EdgeMismatch
+from step3_hetero.runtime.microbatch import (
+    BatchResult,
+    Choice,
+    ImagePart,
+    MicroBatch,
+    RowLogprobs,
+)
+from step3_hetero.specs import HostArray
+
+Arrays = dict[str, HostArray]
+Said = dict[str, Any]
+
+
+class Kind(IntEnum):
+    """The kinds of frames, with who sends them."""
+
+    HELLO = 1
+    """Who connects: the edge contract as it reads it."""
+    AGREED = 2
+    """Who listens: the contract is the same."""
+    REFUSED = 3
+    """Who listens, before it closes: why not."""
+    LOAD = 4
+    """The front: load your weights; peers are named."""
+    READY = 5
+    """A role: its stages are loaded."""
+    BATCH = 6
+    """The front to attention: run a micro-batch."""
+    RESULT = 7
+    """Attention to the front: what came of it."""
+    CALL = 8
+    """Attention to another role: run one stage (A2F, or pixels)."""
+    ANSWER = 9
+    """Back: the stage's outputs (F2A, or image rows)."""
+    FORGET = 10
+    """The front: drop an image."""
+    COPY = 11
+    """The front: copy KV blocks."""
+    PEERS = 12
+    """The front: where the instances of the other roles listen now."""
+    BEAT = 13
+    """Anybody: I am alive."""
+    FAILED = 14
+    """A role: what it was asked cannot be done; the sentence is for the user."""
+    STOP = 15
+    """The front: finish what is under way and end."""
+    TIMES = 16
+    """A role, after each micro-batch: seconds by stage since the last time."""
+    AGAIN = 17
+    """Anybody: a frame came damaged; send again what is not answered yet."""
+    LOST = 18
+    """Attention to the front: an instance of another role is gone, or gives no sign of life."""
+
+
+def batch_parcel(batch: MicroBatch) -> tuple[Said, Arrays]:
+    """Return a micro-batch as facts and arrays."""
+    meta, choice = batch.meta, batch.choice
+    arrays: Arrays = {
+        "token_ids": batch.token_ids,
+        "positions": meta.positions,
+        "slots": meta.slots,
+        "query_starts": meta.query_starts,
+        "context_lens": meta.context_lens,
+        "block_tables": meta.block_tables,
+        "rows": batch.rows,
+        "temperature": choice.temperature,
+        "top_k": choice.top_k,
+        "top_p": choice.top_p,
+        "uniform": choice.uniform,
+    }
+    images = []
+    for number, part in enumerate(batch.images):
+        arrays[f"image {number}"] = part.index
+        for view, pixels in enumerate(part.pixels or ()):
+            arrays[f"pixels {number} {view}"] = pixels
+        views = None if part.pixels is None else len(part.pixels)
+        images.append([part.key, part.start, part.stop, views])
+    said: Said = {
+        "banned": choice.banned,
+        "logprobs": list(batch.logprobs),
+        "want_logits": batch.want_logits,
+        "images": images,
+    }
+    return said, arrays
+
+
+def batch_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> MicroBatch:
+    """Return the micro-batch that ``batch_parcel`` described.
+
+    Raises:
+        EdgeMismatch: something is missing.
+    """
+    try:
+        images = tuple(
+            ImagePart(
+                int(key),
+                int(start),
+                int(stop),
+                arrays[f"image {n}"],
+                None
+                if views is None
+                else tuple(arrays[f"pixels {n} {view}"] for view in range(views)),
+            )
+            for n, (key, start, stop, views) in enumerate(said["images"])
+        )
+        meta = BatchMeta(
+            arrays["positions"],
+            arrays["slots"],
+            arrays["query_starts"],
+            arrays["context_lens"],
+            arrays["block_tables"],
+        )
+        return MicroBatch(
+            arrays["token_ids"],
+            meta,
+            arrays["rows"],
+            Choice(
+                arrays["temperature"],
+                arrays["top_k"],
+                arrays["top_p"],
+                arrays["uniform"],
+                int(said["banned"]),
+            ),
+            said["logprobs"],
+            images,
+            bool(said["want_logits"]),
+        )
+    except (KeyError, ValueError, TypeError) as cause:
+        raise EdgeMismatch(f"a micro-batch lacks {cause}") from cause
+
+
+def result_parcel(result: BatchResult) -> tuple[Said, Arrays]:
+    """Return a result as facts and arrays."""
+    arrays: Arrays = {"ids": result.ids}
+    if result.logits is not None:
+        arrays["logits"] = result.logits
+    said = {"logprobs": [None if r is None else [r.chosen, r.top] for r in result.logprobs]}
+    return said, arrays
+
+
+def result_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> BatchResult:
+    """Return the result that ``result_parcel`` described."""
+    try:
+        reported = [
+            None
+            if entry is None
+            else RowLogprobs(float(entry[0]), tuple((int(i), float(v)) for i, v in entry[1]))
+            for entry in said["logprobs"]
+        ]
+        return BatchResult(arrays["ids"], reported, arrays.get("logits"))
+    except (KeyError, ValueError, TypeError, IndexError) as cause:
+        raise EdgeMismatch(f"a result lacks {cause}") from cause
+
+
+def rows_only(tokens: int) -> BatchMeta:
+    """Return the batch that a stage without a cache is planned for: so many rows, no sequences."""
+    zeros = np.zeros(tokens, np.int32)
+    none = np.zeros(0, np.int32)
+    return BatchMeta(zeros, zeros - 1, np.zeros(1, np.int32), none, none.reshape(0, 0))

@@ -1,0 +1,63 @@
+"""The dtype of an edge: cast on the device that sends, cast back on the one that receives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from step3_hetero.backend import Array, Device
+from step3_hetero.specs import HostArray, TensorSpec
+
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
+"""The config's wire dtypes by NumPy's names; ``auto`` sends what there is."""
+
+SCALED = ("float8_e4m3fn", "int8")
+"""Dtypes that travel with one float32 scale for each token and 128 columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How the activations of one edge travel. ``dtype`` is NumPy's name; empty: as they are.
+
+    Hidden states alone are cast; routing weights and ids are a thousandth of them.
+    """
+
+    dtype: str = ""
+
+    @classmethod
+    def of(cls, said: str) -> Wire:
+        """Return the wire of a config's ``a2f_dtype`` or ``f2a_dtype``."""
+        return cls(NAMES.get(said, ""))
+
+    def to_host(self, device: Device, outputs: Mapping[str, Array]) -> dict[str, HostArray]:
+        """Return the arrays that travel, on the host; a scale goes beside its codes."""
+        sent: dict[str, HostArray] = {}
+        for name, x in outputs.items():
+            if not self._casts(name):
+                sent[name] = device.to_host(x)
+            elif self.dtype in SCALED:
+                codes, scale = device.kernel("quantise")(x, dtype=self.dtype)
+                sent[name], sent[f"{name}.scale"] = device.to_host(codes), device.to_host(scale)
+            else:
+                sent[name] = device.to_host(device.kernel("cast")(x, dtype=self.dtype))
+        return sent
+
+    def to_device(
+        self, device: Device, arrays: Mapping[str, HostArray], specs: Mapping[str, TensorSpec]
+    ) -> dict[str, Array]:
+        """Return the arrays of an edge in a device's memory, in the dtypes of their ``specs``."""
+        found: dict[str, Array] = {}
+        for name, spec in specs.items():
+            if name not in arrays:
+                continue
+            x = device.from_host(arrays[name])
+            if f"{name}.scale" in arrays:
+                scale = device.from_host(arrays[f"{name}.scale"])
+                x = device.kernel("dequantise")(x, scale, dtype=spec.dtype)
+            elif arrays[name].dtype.name != spec.dtype:
+                x = device.kernel("cast")(x, dtype=spec.dtype)
+            found[name] = x
+        return found
+
+    def _casts(self, name: str) -> bool:
+        return bool(self.dtype) and name in ("u", "y")

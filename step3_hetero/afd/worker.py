@@ -1,0 +1,115 @@
+"""A role without a cache, FFN or vision: runs one stage when called, and keeps nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from step3_hetero.afd.link import Link, Message, ready
+from step3_hetero.afd.messages import Arrays, Kind, Said, rows_only
+from step3_hetero.afd.wire import Wire
+from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
+from step3_hetero.runtime.executor import LoadedStage
+from step3_hetero.runtime.microbatch import StageClock
+from step3_hetero.specs import HostArray, TensorSpec
+from step3_hetero.transport.base import CorruptFrame, Listener
+
+Greet = Callable[[Listener], Link | None]
+"""Accepts a peer and agrees with it on the contract; None when it was refused."""
+
+MAIN_INPUT = {"ffn": "u", "vision": "pixels"}
+"""The input by whose rows the others are judged."""
+
+
+def taken(loaded: LoadedStage) -> dict[str, TensorSpec]:
+    """Return what a stage takes, by name; pixels come from outside the graph."""
+    if loaded.node.kind == "vision":
+        dims = ("images", "height", "width", "channels")
+        return {"pixels": TensorSpec("pixels", dims, loaded.node.spec.dtype)}
+    return {t.name: t for t in loaded.node.takes}
+
+
+class Worker:
+    """Answers calls of any number of attention instances until the front says stop or is gone."""
+
+    def __init__(
+        self, stages: Mapping[str, LoadedStage], a2f: Wire, f2a: Wire, tokens: int
+    ) -> None:
+        self.clock = StageClock()
+        self._stages = stages
+        self._a2f = a2f
+        self._f2a = f2a
+        self._tokens = tokens
+
+    def serve(self, front: Link, listener: Listener, greet: Greet) -> None:
+        """Serve until told to stop."""
+        links: list[Link] = []
+        while True:
+            for one in ready([front, listener, *links], 1.0):
+                if one is front:
+                    if not self._from_front(front):
+                        return
+                elif one is listener:
+                    if (link := greet(listener)) is not None:
+                        links.append(link)
+                elif not self._from_caller(one):
+                    links.remove(one)
+                    one.close()
+
+    def _from_front(self, front: Link) -> bool:
+        """Read one message of the front; say whether to go on."""
+        try:
+            return front.receive(1.0).kind != Kind.STOP
+        except (RoleLost, TransportTimeout):
+            return False
+
+    def _from_caller(self, link: Link) -> bool:
+        """Read and answer one message; say whether the caller is still there."""
+        try:
+            message = link.receive(1.0)
+            if message.kind == Kind.CALL:
+                try:
+                    said, arrays = self._answer(message)
+                except Step3HeteroError as error:
+                    link.send(Kind.FAILED, message.seq, {"why": str(error)})
+                    return True
+                link.send(Kind.ANSWER, message.seq, said, arrays, epoch=message.epoch)
+        except CorruptFrame:
+            link.send(Kind.AGAIN)
+        except (RoleLost, TransportTimeout):
+            return False
+        return True
+
+    def _answer(self, message: Message) -> tuple[Said, Arrays]:
+        name = str(message.said.get("stage"))
+        loaded = self._stages.get(name)
+        if loaded is None:
+            raise EdgeMismatch(f"asked for {name!r}; here: {', '.join(self._stages)}")
+        start = time.perf_counter()
+        device, takes = loaded.device, taken(loaded)
+        rows = self._checked(loaded, message.arrays, takes)
+        inputs = self._a2f.to_device(device, message.arrays, takes)
+        if loaded.node.kind != "vision":
+            loaded.stage.plan(rows_only(rows))
+        outputs = loaded.stage.run(inputs)
+        sent = self._f2a.to_host(device, outputs)
+        seconds = time.perf_counter() - start
+        self.clock.add(loaded.role, loaded.node.kind, seconds)
+        return {"seconds": seconds}, sent
+
+    def _checked(
+        self, loaded: LoadedStage, arrays: Mapping[str, HostArray], takes: Mapping[str, TensorSpec]
+    ) -> int:
+        """Return the number of rows; refuse what this stage could not mean."""
+        main = arrays.get(MAIN_INPUT[loaded.node.kind])
+        if main is None or not set(arrays) <= {*takes, *(f"{n}.scale" for n in takes)}:
+            raise EdgeMismatch(f"{loaded.node.name} takes {', '.join(takes)}, got {list(arrays)}")
+        if loaded.node.kind == "vision":
+            return len(main)
+        rows = len(main)
+        if rows > self._tokens or any(len(x) != rows for x in arrays.values()):
+            lengths = {name: len(x) for name, x in arrays.items()}
+            raise EdgeMismatch(
+                f"{loaded.node.name}: rows {lengths}; allowed: alike, to {self._tokens}"
+            )
+        return rows

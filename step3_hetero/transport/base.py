@@ -1,0 +1,149 @@
+"""What carries frames between two roles: the contract of a transport, and how one is found.
+
+A transport is registered under the entry-point group ``step3_hetero.transports``; its name is what
+``transport.kind`` says. A frame's meaning is the business of those who send it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from step3_hetero.errors import Step3HeteroError
+
+Buffer = bytes | bytearray | memoryview
+"""Contiguous bytes; a NumPy array gives them with ``memoryview(x).cast("B")``."""
+
+GROUP = "step3_hetero.transports"
+
+
+class CorruptFrame(Step3HeteroError):
+    """A frame's bytes are not those that were sent. The channel still stands: ask for it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """What one frame may hold, agreed before the first; nothing larger is given memory.
+
+    ``head_bytes`` bounds the head, ``part_bytes`` all parts together, ``parts`` their number.
+    """
+
+    head_bytes: int
+    part_bytes: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message: what kind it is, which one, a short head, and bulk bytes beside it.
+
+    ``kind`` fits 16 bits, ``epoch`` 32, ``seq`` 64: whoever waits for an answer knows by them which
+    one it is, and drops what came twice. ``parts`` of a received frame are valid until the next
+    ``receive`` on its channel: they may lie in a buffer that is used again.
+    """
+
+    kind: int
+    epoch: int
+    seq: int
+    head: Buffer = b""
+    parts: Sequence[Buffer] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a transport can do. ``copies`` counts the bytes' copies from buffer to buffer."""
+
+    between_hosts: bool
+    copies: int
+    authenticates: bool
+
+
+class Channel(ABC):
+    """A connection to one peer. Frames arrive whole, once, in the order in which they were sent.
+
+    One thread may send while another receives; two may not do the same.
+    """
+
+    peer: str
+    """The peer's address, for messages."""
+
+    @abstractmethod
+    def send(self, frame: Frame, deadline_s: float) -> None:
+        """Send a frame; its buffers may be used again afterwards.
+
+        Raises:
+            TransportTimeout: the peer took nothing for ``deadline_s`` seconds.
+            RoleLost: the peer is gone.
+            EdgeMismatch: the frame is larger than was agreed.
+        """
+
+    @abstractmethod
+    def receive(self, deadline_s: float) -> Frame:
+        """Return the next frame.
+
+        Raises:
+            TransportTimeout: none came within ``deadline_s`` seconds.
+            RoleLost: the peer is gone, and all it had sent has been received.
+            CorruptFrame: the frame's checksum does not fit; the channel can go on.
+            EdgeMismatch: the bytes are no frame, or one larger than agreed; the channel is closed.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return a descriptor that ``select`` finds readable while ``receive`` would not wait."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the connection and of all memory that belongs to it. May be called twice."""
+
+
+class Listener(ABC):
+    """Waits for peers at an address."""
+
+    address: str
+    """Where peers connect to, with the port that was chosen."""
+
+    @abstractmethod
+    def accept(self, deadline_s: float) -> Channel:
+        """Return the next connection that proved to know the key; others are dropped.
+
+        Raises:
+            TransportTimeout: nobody came within ``deadline_s`` seconds.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return a descriptor that ``select`` finds readable when somebody may be there."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening; connections stay. May be called twice."""
+
+
+class Transport(ABC):
+    """One way of carrying frames."""
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    @abstractmethod
+    def listen(self, address: str, limits: FrameLimits, key: bytes | None = None) -> Listener:
+        """Listen at an address of this transport; empty: one that is free on this machine.
+
+        Raises:
+            ConfigError: the address is malformed, taken, or reachable from other machines while
+                there is no ``key``.
+        """
+
+    @abstractmethod
+    def connect(
+        self, address: str, limits: FrameLimits, deadline_s: float, key: bytes | None = None
+    ) -> Channel:
+        """Connect to a listener, trying until ``deadline_s`` seconds have passed.
+
+        Raises:
+            TransportTimeout: nobody listens there.
+            EdgeMismatch: the peer speaks another version, has other limits, or refuses the key.
+        """
