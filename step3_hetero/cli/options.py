@@ -53,9 +53,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=PIPED_WIDTH)
+        console = Console(width=PIPED_WIDTH, markup=False, emoji=False)
     console.print(table, crop=False)
 
 
