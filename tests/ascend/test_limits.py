@@ -87,8 +87,10 @@ BOUNDS = {
 
 CASES = [(name, *case) for name, cases in BOUNDS.items() for case in cases]
 
+NAMES = [f"{name} {number}" for name, cases in BOUNDS.items() for number in range(len(cases))]
 
-@pytest.mark.parametrize(("name", "function", "good", "bad"), CASES, ids=lambda x: str(x)[:40])
+
+@pytest.mark.parametrize(("name", "function", "good", "bad"), CASES, ids=NAMES)
 def test_limit_takes_the_bound_and_refuses_the_next_value(name, function, good, bad):
     function(*good)
     if bad is None:
