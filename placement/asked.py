@@ -70,9 +70,7 @@ class Asked:
         _within("--tpot-ms", tpot_ms, 1e-3, MOST_TPOT_MS, "milliseconds")
         _within("--jitter", jitter, 0, 0.9, "as a part of the target")
         _within("--demand", demand, 1e-6, MOST_DEMAND, "tokens per second")
-        _within("--host-nic-gbit", host_nic_gbit, 1e-3, MOST_GBIT, "Gb/s")
-        _within("--host-nics-per-server", host_nics_per_server, 1, MOST_NICS, "NICs")
-        _within("--pcie-gbytes", pcie_gbytes, 1e-3, MOST_GBYTES, "GB/s each way")
+        _check_links(host_nic_gbit, host_nics_per_server, pcie_gbytes)
         if objective == "tokens" and demand is not None:
             raise PlacementError("--demand says how many tokens; --objective tokens asks for most")
         workload, layers = read_model(model)
@@ -88,12 +86,8 @@ class Asked:
             raise PlacementError("--exclude rack: only an --inventory has racks")
         else:
             found = parse_pools(pools, catalogue)
-        found = [
-            replace(
-                p, card=with_host_nics(p.card, host_nic_gbit, host_nics_per_server, pcie_gbytes)
-            )
-            for p in found
-        ]
+        links = (host_nic_gbit, host_nics_per_server, pcie_gbytes)
+        found = [replace(p, card=with_host_nics(p.card, *links)) for p in found]
         for file in profiles:
             found = Profile.read(Path(file)).applied(found)
         if objective == "usd":
@@ -117,6 +111,14 @@ class Asked:
         return replace(
             self.about, notes=notes, more={"racks": placed.racks} if placed.racks else {}
         )
+
+
+def _check_links(
+    host_nic_gbit: float | None, host_nics_per_server: int | None, pcie_gbytes: float | None
+) -> None:
+    _within("--host-nic-gbit", host_nic_gbit, 1e-3, MOST_GBIT, "Gb/s")
+    _within("--host-nics-per-server", host_nics_per_server, 1, MOST_NICS, "NICs")
+    _within("--pcie-gbytes", pcie_gbytes, 1e-3, MOST_GBYTES, "GB/s each way")
 
 
 def _within(option: str, value: float | None, least: float, most: float, unit: str) -> None:

@@ -104,7 +104,7 @@ def test_a_gap_that_is_none_is_refused_before_anything_runs(command, bad_vendor,
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--backend", "none"), "no backend 'none'; installed: bad, cpu"),
+        (("--backend", "none"), "no backend 'none'; installed: ascend, bad, cpu"),
         (("--backend", "cpu:x"), "backend 'cpu:x' refused; expected NAME or NAME:INDEX"),
         (("--backend", "reference"), "is what others are held to"),
         (("--backend", "cpu", "--option", "fast"), "option 'fast' refused; expected KEY=VALUE"),
