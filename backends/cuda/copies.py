@@ -25,7 +25,7 @@ class CopyEvent(Event):
     """The end of everything that the current stream holds; ``keep`` lives until then."""
 
     def __init__(self, place: torch.device, keep: Any = None) -> None:
-        self.event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it without
         self.event.record(torch.cuda.current_stream(place))
         self.keep = keep
 

@@ -43,7 +43,7 @@ Capture = Callable[[Callable[[], Named]], tuple[Replayable, Named]]
 
 def capture(work: Callable[[], Named]) -> tuple[Replayable, Named]:
     """Capture ``work`` on the current card and return the graph and the arrays that it fills."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it without
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
@@ -167,7 +167,7 @@ class GraphedStage(Stage):
     def run(self, inputs: Named, out: Named | None = None) -> Named:
         """Copy the inputs in, replay, and return the rows that are no padding."""
         if self.bucket is None:
-            return self.inner.run(inputs, out)  # type: ignore[no-any-return]
+            return self.inner.run(inputs, out)  # type: ignore[no-any-return]  # any stage
         if self.bucket not in self.steps:
             self.steps[self.bucket] = self._captured(inputs)
         step = self.steps[self.bucket]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,7 +59,7 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
         click.echo("every device is on this machine and has the memory")
 
 
-def _show_plan(report: dict, as_json: bool) -> None:  # type: ignore[type-arg] # JSON
+def _show_plan(report: dict[str, Any], as_json: bool) -> None:
     """Print a plan that this build cannot run yet, held against the catalogue's cards."""
     if as_json:
         print_json({**report, "here": None})
@@ -69,7 +70,7 @@ def _show_plan(report: dict, as_json: bool) -> None:  # type: ignore[type-arg] #
         click.echo(f"note: a plan, which this build cannot run: {said}")
 
 
-def _print_roles(report: dict) -> None:  # type: ignore[type-arg] # JSON
+def _print_roles(report: dict[str, Any]) -> None:
     rows = [
         (
             r["role"],
@@ -86,7 +87,7 @@ def _print_roles(report: dict) -> None:  # type: ignore[type-arg] # JSON
     print_table(f"placement of {report['model']}", header, rows)
 
 
-def _print_crossing(report: dict) -> None:  # type: ignore[type-arg] # JSON
+def _print_crossing(report: dict[str, Any]) -> None:
     if not report["crossing"]:
         click.echo("no edge crosses between devices")
         return

@@ -133,7 +133,10 @@ def test_undamaged_model_is_not_refused(model, config, succeed):
 
 A, F = "roles.a.", "roles.f."
 PLACEMENTS = {
-    "unknown backend": (F + "backend=cuda0", "no backend 'cuda0'; installed: .*cpu, .*reference"),
+    "unknown backend": (
+        F + "backend=cuda0",
+        "no backend 'cuda0'; installed: .*cpu, cuda, reference",
+    ),
     "unknown device": (F + "devices=[7]", "roles.f.devices: cpu has one device.*asked for 7"),
     "unknown stage": (F + "stages=[fnn]", "unknown stage 'fnn'; stages: embed, vision, attention"),
     "unknown layer": (F + 'stages=["ffn[2-9]"]', r"no ffn\[4\]; the model has 4 layers: 0-3"),
