@@ -86,7 +86,10 @@ _OPS = (
         "q (tokens, heads, head_dim), KVCache, batch -> (tokens, heads, head_dim) T",
         "softmax(scale · q·kᵀ)·v over the keys of the token's own sequence at its position and "
         "before. Query head h reads KV head h // (heads / kv_heads). Scores and sums are in W; the "
-        "probabilities may be rounded to T before the product with v. Padded rows give zeros. "
+        "probabilities may be rounded to T before the product with v, with the scales of an FP8 or "
+        "INT8 cache on them or not. Of such a cache keys and values are code · scale in float32, "
+        "never rounded to T: it is written as quantise rounds, one run and one scale a token and "
+        "KV head. Padded rows give zeros. "
         "Keys and values are finite: zero times infinity need not be zero.",
         ("scale",),
         dims=("heads", "kv_heads", "head_dim"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from step3_hetero.backend import NO_OPTIONS, Backend, Device, DeviceInfo, check_options
 from step3_hetero.errors import ConfigError, PlacementError
-from step3_hetero.specs import OpSpec
+from step3_hetero.specs import SCALED, OpSpec
 
 SUMMATION = ("blocked", "in-order")
 
@@ -57,6 +57,9 @@ class ReferenceBackend(Backend):
         if spec.weight_format not in {None, "auto", *DTYPES.computed}:
             allowed = ", ".join(("auto", *DTYPES.computed))
             return f"weights cannot be held as {spec.weight_format}; allowed: {allowed}"
+        if spec.kv_format not in {None, *DTYPES.computed, *SCALED}:
+            allowed = ", ".join((*DTYPES.computed, *SCALED))
+            return f"no KV cache in {spec.kv_format}; allowed: {allowed}"
         return None
 
     def reference_info(self, card: str | None) -> DeviceInfo:
