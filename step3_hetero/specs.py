@@ -24,6 +24,9 @@ FP8_BLOCK = 128
 SCALED = ("float8_e4m3fn", "int8")
 """Formats of numbers that stand beside a float32 scale."""
 
+INT8_OPS = ("linear", "experts")
+"""Ops whose weights may be asked for as int8."""
+
 LOGICAL_BLOCK = 128
 """Tokens in a logical KV block; a backend's physical block divides it."""
 
@@ -82,7 +85,8 @@ class OpSpec:
 
     ``dims`` holds upper bounds by dimension name, ``parameters`` the op's keyword arguments.
     ``weight_format`` is the dtype to which weights are rounded before use, ``auto`` (or None) none
-    but ``dtype``; how a device holds them beyond that is its own business. ``kv_format`` is the
+    but ``dtype``; how a device holds them beyond that is its own business. ``int8`` rounds weights
+    and activations alike: see op linear. ``kv_format`` is the
     dtype of the KV cache that the op reads, None where it reads none.
     """
 

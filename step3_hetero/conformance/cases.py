@@ -13,6 +13,7 @@ from step3_hetero.conformance.whole_model import ModelCase
 
 FP8 = "float8_e4m3fn"
 WIRE = ("float8_e4m3fn", "int8")
+INT8 = "int8"
 FP32 = ("float32",)
 REAL = f"step3-{kept_experts()}-experts"
 DEEP: Sizes = {"heads": 64, "kv_heads": 1, "head_dim": 256}
@@ -94,6 +95,15 @@ LINEAR = (
     *op("linear", {"tokens": 8, "in": 7168, "out": (2048, 256, 256)}, stored=FP8, full=True),
     *op("linear", {"tokens": 1, "in": 32768, "out": (64,)}),
     *op("linear", {"tokens": 173, "in": 1792, "out": (5376,)}, draw="biased", full=True),
+    *op("linear", {"tokens": 1, "in": 96, "out": (40, 8)}, held=INT8),
+    *op("linear", {"tokens": 0, "in": 96, "out": (40,)}, held=INT8),
+    *op("linear", {"tokens": 33, "in": 95, "out": (39,)}, held=INT8),
+    *op("linear", {"tokens": 17, "in": 96, "out": (40,)}, held=INT8, draw="biased"),
+    *op("linear", {"tokens": 16, "in": 64, "out": (64,)}, held=INT8, draw="spread"),
+    *op("linear", {"tokens": 6, "in": 64, "out": (40,)}, held=INT8, draw="zero-rows"),
+    *op("linear", {"tokens": 3, "in": 200, "out": (129, 127)}, held=INT8, stored=FP8),
+    *op("linear", {"tokens": 5, "in": 7168, "out": (256,)}, held=INT8),
+    *op("linear", {"tokens": 8, "in": 2048, "out": (16384,)}, held=INT8, full=True),
 )
 
 ACTIVATION = (
@@ -190,6 +200,11 @@ ROUTING = (
 )  # fmt: skip
 
 EXPERTS = (
+    *op("experts", {"tokens": 9, "experts": 5, "top_k": 3, "hidden": 32, "inter": 80}, held=INT8),
+    *op("experts", {"tokens": 1, "experts": 5, "top_k": 3, "hidden": 32, "inter": 80}, held=INT8),
+    *op("experts", {"tokens": 0, "experts": 5, "top_k": 3, "hidden": 32, "inter": 80}, held=INT8),
+    *op("experts", {"tokens": 5, "experts": 4, "top_k": 2, "hidden": 128, "inter": 130},
+        held=INT8, stored=FP8),
     *op("experts", {"tokens": 9, "experts": 5, "top_k": 3, "hidden": 32, "inter": 80}),
     *op("experts", {"tokens": 1, "experts": 5, "top_k": 3, "hidden": 32, "inter": 80}),
     *op("experts", {"tokens": 0, "experts": 5, "top_k": 3, "hidden": 32, "inter": 80}),
