@@ -19,6 +19,7 @@ TOO_SLOW = [
     "!experts=48,top_k=3,hidden",
     "!contexts=128+700+261",
     "!queries=40",
+    "!queries=192",
     "!layer[",
     "!stored=float8_e4m3fn,float32",
     "!images=2,side=24",
