@@ -80,8 +80,7 @@ def instance(seed):
     objective = ["usd", "usd", "tokens", "cards"][seed % 4]
     demand = float(draw.uniform(1e4, 4e5)) if objective == "usd" and seed % 8 == 1 else None
     work, context = model(draw), int(draw.integers(50, 500))
-    by_cost = objective == "usd" and demand is None
-    tpot_s = float(draw.choice([0.0001, 0.000103, 0.000106] if by_cost else [0.0001, 0.000123]))
+    tpot_s = float(draw.choice([0.0001, 0.000103, 0.000106]))
     return request_of(
         work, pools, context, tpot_s,
         objective=objective, demand=demand, paces=PACES, jitter=JITTER,
@@ -161,13 +160,9 @@ def count_up(seconds, budget, most):
 
 
 def paces(request):
-    """Every pace through the layers, in steps of the third digit of a millisecond.
-
-    By 2 where the cost of a token is sought, by 10 for tokens, cards and a demand.
-    """
-    by_cost = request.objective == "usd" and request.demand is None
+    """Every pace through the layers: steps of 2 in the third digit of a millisecond."""
     for exponent in range(-3, 3):
-        for digits in range(100, 1000, 2 if by_cost else 10):
+        for digits in range(100, 1000, 2):
             step = float(f"{digits}e{exponent}")
             if 0.1 <= step <= request.tpot_s * 1e3 * (1 + 1e-12):
                 for in_flight, share in request.paces:
