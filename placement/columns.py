@@ -55,7 +55,7 @@ STEP = 2
 """In the third digit of a pace in milliseconds: 0.2 % to 2 %."""
 
 COARSE_STEP = 10
-"""Where whole instances decide more than paces: for a demand, for most tokens or fewest cards."""
+"""For what is only shown beside the plan: it need not be the very best of its kind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,9 +73,12 @@ def clock_bounds(space: Space, per_token: Vector) -> Vector:
     """Return a bound on the score of every plan at each clock: its best pair, at its own pace."""
     with np.errstate(divide="ignore"):
         at_own_pace = (per_token.min(axis=2) / space.rate).min(axis=1)
-    fastest = space.pass_s.min(axis=1)
+    fastest, passed = space.pass_s.min(axis=1), space.most_passed
     return np.array(
-        [_bound(space, clock, fastest[clock], pair) for clock, pair in enumerate(at_own_pace)]
+        [
+            _bound(space, clock, fastest[clock], pair, float(passed[clock]))
+            for clock, pair in enumerate(at_own_pace)
+        ]
     )
 
 
@@ -88,17 +91,20 @@ def paces_at(space: Space, clock: int, per_token: Vector) -> list[tuple[float, f
     in_flight, found = float(space.clocks.micro_batches[clock]), []
     for pace_s in np.unique(space.pass_s[clock][np.isfinite(space.pass_s[clock])]):
         least = float(per_token[space.pass_s[clock] <= pace_s].min())
-        found.append((float(pace_s), _bound(space, clock, pace_s, least * pace_s / in_flight)))
+        by_tokens = space.request.objective == "tokens"
+        passed = space.most_passed_at(clock, pace_s) if by_tokens else np.inf
+        bound = _bound(space, clock, pace_s, least * pace_s / in_flight, passed)
+        found.append((float(pace_s), bound))
     return sorted(found, key=lambda each: each[1])
 
 
-def _bound(space: Space, clock: int, pace_s: float, pair: float) -> float:
+def _bound(space: Space, clock: int, pace_s: float, pair: float, passed: float) -> float:
     """Return the bound on a score from the least cost of a token a second of any pair."""
     request = space.request
     if request.by_ratio or not np.isfinite(pair):
         return float(pair)
     if request.objective == "tokens":
-        return -float(space.most_passed[clock] * space.clocks.micro_batches[clock] / pace_s)
+        return -passed * float(space.clocks.micro_batches[clock]) / pace_s
     assert request.demand is not None
     tokens = request.demand * pace_s / space.clocks.micro_batches[clock]
     cost_a, cost_f = space.costs()

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from step3_hetero.placement.colocated import ColocatedColumn
 from step3_hetero.placement.columns import (
-    COARSE_STEP,
     PACES,
     STEP,
     AttentionColumn,
@@ -42,7 +41,7 @@ class Request:
     paces: tuple[tuple[int, float], ...] = PACES
     seconds: float = 30.0  # of one integer program; one that stops early leaves a gap
     programs: int = 100  # solved at most; more leave a gap
-    pace_step: int | None = None  # in place of the usual ones
+    pace_step: int | None = None  # in place of STEP
 
     def card_cost(self, pool: Pool) -> float:
         """Return what a card adds to the objective: dollars per million seconds, or one."""
@@ -53,9 +52,7 @@ class Request:
     @property
     def step(self) -> int:
         """Return the step of the paces that are tried."""
-        if self.pace_step is not None:
-            return self.pace_step
-        return STEP if self.by_ratio and self.objective == "usd" else COARSE_STEP
+        return STEP if self.pace_step is None else self.pace_step
 
     @property
     def by_ratio(self) -> bool:

@@ -159,7 +159,8 @@ class Program:
         if not used.any():
             return None
         open_ends = whole > 0
-        found = linprog(
+        found = quietly(
+            linprog,
             -np.ones(int(used.sum())),
             A_ub=self.flows[np.ix_(open_ends, used)],
             b_ub=whole[open_ends],

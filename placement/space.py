@@ -113,12 +113,10 @@ class Space:
     ) -> Vector:
         """Return the most that each pool can pass on with its best column: (pools, clocks)."""
         pools = self.request.problem.pools
-        most = np.zeros((len(pools), len(self.clocks)))
-        best = tokens.max(axis=axis, initial=0)
-        for n, (p, tp, cards) in enumerate((c.pool, c.tp, c.cards) for c in columns):
-            fit = pools[p].groups(tp) // (cards // tp)
-            most[p] = np.maximum(most[p], best[:, n] * fit)
-        return most
+        places = np.array([c.pool for c in columns], int)
+        fits = [pools[c.pool].groups(c.tp) // (c.cards // c.tp) for c in columns]
+        passed = tokens.max(axis=axis, initial=0) * np.array(fits, float)
+        return np.stack([passed[:, places == p].max(axis=1, initial=0) for p in range(len(pools))])
 
     def _sent_beside_a_set(self) -> Vector:
         """Return the most that the cards send which one FFN set of each column leaves: (clocks, J).
@@ -136,23 +134,18 @@ class Space:
 
     @property
     def most_passed(self) -> Vector:
-        """Return the most tokens of a micro-batch that all pools pass on, fractions allowed.
+        """Return the most tokens of a micro-batch that all pools pass on: (clocks,)."""
+        return most_passed(*self.by_pool)
 
-        Shapes: (clocks,). The pools that are best at attention, compared with FFN, do attention
-        until both sides are equal; one pool does both.
+    def most_passed_at(self, clock: int, pace_s: float) -> float:
+        """Return the most tokens of a micro-batch that all pools pass on at one pace.
+
+        Attention columns that are slower take no part.
         """
-        sends, takes = self.by_pool
-        with np.errstate(divide="ignore", invalid="ignore"):
-            order = np.argsort(np.nan_to_num(-sends / takes, neginf=-np.inf), axis=0)
-        sends, takes = np.take_along_axis(sends, order, 0), np.take_along_axis(takes, order, 0)
-        sent, most = np.zeros(len(self.clocks)), np.zeros(len(self.clocks))
-        left = takes.sum(axis=0)
-        for send, take in zip(sends, takes, strict=True):
-            left = left - take
-            part = np.clip((left + take - sent) / np.maximum(send + take, 1e-300), 0, 1)
-            both = np.minimum(sent + part * send, left + (1 - part) * take)
-            most, sent = np.maximum(most, both), sent + send
-        return most
+        keeps = (self.pass_s[clock] <= pace_s)[:, None]
+        send, take = self.send[None, clock] * keeps, self.take[None, clock] * keeps
+        sends, takes = self._most(send, self.attention, 2), self._most(take, self.ffn, 1)
+        return float(most_passed(sends, takes)[0])
 
     def mix(self, clock: int, pace_s: float, pools: tuple[int, int] | None = None) -> MixAt:
         """Return the integer program at one pace, without columns that others replace.
@@ -196,6 +189,25 @@ def server_rows(
             rows.append(row)
             limits.append(float(size * pool.groups(size)))
     return np.array(rows).reshape(len(rows), len(columns)), np.array(limits)
+
+
+def most_passed(sends: Vector, takes: Vector) -> Vector:
+    """Return the most tokens that pools pass on to each other, fractions of instances allowed.
+
+    Shapes: sends, takes (pools, n) -> (n,). The pools that are best at attention, compared with
+    FFN, do attention until both sides are equal; one pool does both.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        order = np.argsort(np.nan_to_num(-sends / takes, neginf=-np.inf), axis=0)
+    sends, takes = np.take_along_axis(sends, order, 0), np.take_along_axis(takes, order, 0)
+    sent, most = np.zeros(sends.shape[1]), np.zeros(sends.shape[1])
+    left = takes.sum(axis=0)
+    for send, take in zip(sends, takes, strict=True):
+        left = left - take
+        part = np.clip((left + take - sent) / np.maximum(send + take, 1e-300), 0, 1)
+        both = np.minimum(sent + part * send, left + (1 - part) * take)
+        most, sent = np.maximum(most, both), sent + send
+    return most
 
 
 @dataclass(frozen=True, slots=True)
