@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ PLACEMENTS = {
     "attention on cpu, FFN on reference": {},
 }
 WITHIN = 0.20
+RACKS = 200
 
 EPILOG = """\b
 Examples:
@@ -59,6 +61,8 @@ def main(runs: int, beside: str | None, generate: bool, config: str, file: Path 
     else:
         report["growth"] = [row for size in SIZES for row in growth(size, runs)]
         show("plan, seconds (median)", report["growth"])
+        report["racks"] = [unlike_racks(runs)]
+        show("unlike racks, seconds (median)", report["racks"])
     if beside is not None:
         report["beside"] = timed(shlex.split(beside), runs)
         show("beside", [report["beside"]])
@@ -94,6 +98,55 @@ def growth(size: int, runs: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def unlike_racks(runs: int) -> dict[str, Any]:
+    """Return the seconds to plan 10,000 cards in racks of which no two are alike.
+
+    Each rack has one to five servers of each of one to three kinds, and an uplink of its own.
+    """
+    from step3_hetero.placement.asked import Asked
+    from step3_hetero.placement.planner import plan
+    from step3_hetero.placement.racks import place_on_racks
+
+    times: dict[str, list[float]] = {"read": [], "plan": [], "place": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "hosts.yaml"
+        path.write_text(json.dumps(drawn_racks()), encoding="utf-8")
+        for _ in range(runs):
+            started = time.perf_counter()
+            asked = Asked.of(
+                model="step3", pools=[], inventory=str(path),
+                host_nic_gbit=400, host_nics_per_server=8,
+            )  # fmt: skip
+            read = time.perf_counter()
+            outcome = plan(asked.request)
+            planned = time.perf_counter()
+            placed = place_on_racks(outcome, asked.servers).outcome
+            times["read"].append(read - started)
+            times["plan"].append(planned - read)
+            times["place"].append(time.perf_counter() - planned)
+    score = placed.winner.score
+    return {
+        "racks": RACKS,
+        "cards": sum(pool.cards for pool in asked.request.problem.pools),
+        **{part: round(median(each), 2) for part, each in times.items()},
+        "whole": round(sum(median(each) for each in times.values()), 2),
+        "gap": f"{max(0.0, 1 - placed.bound / score):.1e}",
+    }
+
+
+def drawn_racks() -> dict[str, Any]:
+    """Return the inventory of unlike racks, as its file says it."""
+    draw = np.random.default_rng(0)
+    racks, servers = [], []
+    for rack in range(RACKS):
+        name = f"r{rack}"
+        racks.append({"name": name, "uplink_gbit_per_s": int(draw.integers(8, 65)) * 100})
+        for kind in draw.permutation(KINDS)[: int(draw.integers(1, 4))]:
+            count = int(draw.integers(1, 6))
+            servers.append({"rack": name, "card": str(kind), "count": count})
+    return {"version": 1, "racks": racks, "servers": servers}
 
 
 def timed(command: Sequence[str], runs: int) -> dict[str, Any]:

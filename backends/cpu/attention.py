@@ -235,9 +235,7 @@ def _keys(
     return k, v
 
 
-def _gather(
-    cache: CpuCache, which: str, blocks: Tensor, keys: int, dtype: torch.dtype
-) -> Tensor:
+def _gather(cache: CpuCache, which: str, blocks: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
     seqs, head_dim = blocks.shape[0], cache.spec.head_dim
     if blocks.shape[1] == 1:
         found = cache.numbers(which, blocks[:, 0], keys)
