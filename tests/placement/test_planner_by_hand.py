@@ -1,4 +1,4 @@
-"""The whole planner on 20 instances worked by hand.
+"""The whole planner on instances worked by hand: 20 colocated, 8 split.
 
 Each of the model's two layers has 2 MB of bf16 weights and, at 1,000 tokens of context, 200 kB of
 KV a sequence. Cards have no links, so every plan is colocated on single cards. Card A has 1e12
@@ -15,6 +15,7 @@ from step3_hetero.placement.attention_cores import GroupedCore
 from step3_hetero.placement.catalogue import Card, Server
 from step3_hetero.placement.efficiency import Efficiency
 from step3_hetero.placement.planner import plan
+from step3_hetero.placement.plans import SplitPlan
 from step3_hetero.placement.pools import Pool
 from step3_hetero.placement.workload import Part, Workload
 
@@ -30,13 +31,13 @@ MODEL = Workload(
 )  # fmt: skip
 
 
-def pool(name, *, price=1.0, memory_mb=100, times=1, count=1):
-    """Return cards with ``times`` card A's bandwidth."""
+def pool(name, *, price=1.0, memory_mb=100, times=1, count=1, nic=None):
+    """Return cards with ``times`` card A's bandwidth; ``nic`` in bytes/s."""
     card = Card(
         name=name, title=name, vendor="one", backend="x", driver_names=(),
         memory_bytes=int(memory_mb * 1e6), memory_bandwidth_bytes_per_s=times * 1e12,
         flops_per_s=MappingProxyType({"bf16": 1e15}), scale_up_bytes_per_s=None,
-        nic_bytes_per_s=None, usd_per_hour=price, usd_per_hour_range=None,
+        nic_bytes_per_s=nic, usd_per_hour=price, usd_per_hour_range=None,
         server=Server(8, None, None, None), sources=MappingProxyType({}),
     )  # fmt: skip
     return Pool.of(card, count, Efficiency(1.0, 1.0, 1e-6, True))
@@ -125,3 +126,49 @@ def test_plan_equals_the_hand(pools, tpot_us, rest, cards, per_us):
 
 def test_there_are_twenty():
     assert len(BY_HAND) == 20
+
+
+# Split: 100 us are asked and one pace is tried, 90 us through two layers of 45, two micro-batches,
+# a quarter of a layer for each pass: 11.25 us. Card C (0.4 x A's bandwidth, 4.4 MB) holds no FFN:
+# 3.96 MB for 4. As attention it holds 3.96 / 0.4 = 9.9 sequences, 4 a micro-batch, in 2 us.
+# Card F (2 x A's, 4.45 MB) holds 4 MB of FFN and no sequence beside it: 0.005 / 0.4. As FFN it
+# takes 5,625 tokens in 11.25 us, so one serves all; as attention 4.005 / 0.8: 5 a micro-batch.
+# So nobody serves alone, and each C adds 2 x 4 tokens in 90 us.
+NIC = 1e12
+
+
+def halves(c=3, f=1, nic=NIC):
+    """Return card C, for attention alone, and card F, for FFN or attention."""
+    return [
+        pool("c", memory_mb=4.4, times=0.4, count=c, nic=nic),
+        pool("f", memory_mb=4.45, times=2, count=f, nic=nic, price=2.0),
+    ]
+
+
+SPLIT = {
+    # The more C share F's price the better.
+    "one FFN for three": (halves(), {}, {"c": 3, "f": 1}, 24 / 90),
+    "fewest cards a token": (halves(), {"objective": "cards"}, {"c": 3, "f": 1}, 24 / 90),
+    # The second F does attention: (3 x 4 + 5) x 2 tokens.
+    "most tokens": (halves(f=2), {"objective": "tokens"}, {"c": 3, "f": 2}, 34 / 90),
+    # One C serves 0.089 a us, two 0.1778.
+    "a demand of two": (halves(), {"demand": 0.15e6}, {"c": 2, "f": 1}, 0.15),
+    "a demand that two just miss": (halves(), {"demand": 0.178e6}, {"c": 3, "f": 1}, 0.178),
+    # Three serve 0.2667.
+    "a demand that all miss": (halves(), {"demand": 0.267e6}, None, None),
+    "no wire": (halves(nic=None), {}, None, None),
+    # 200 bytes a token back, 11.25 us for them: 62.4 MB/s pass 3.51, so 3, into F from everyone.
+    "a wire that passes three": (halves(nic=62.4e6), {}, {"c": 1, "f": 1}, 6 / 90),
+}
+
+
+@pytest.mark.parametrize(("pools", "rest", "cards", "per_us"), SPLIT.values(), ids=SPLIT)
+def test_split_plan_equals_the_hand(pools, rest, cards, per_us):
+    outcome = plan(request_of(MODEL, pools, 1000, 100e-6, paces=((2, 1 / 4),), **rest))
+    if cards is None:
+        assert outcome.plan is None
+        return
+    assert isinstance(outcome.plan, SplitPlan)
+    assert {name: n for name, n in outcome.plan.cards(pools).items() if n} == cards
+    assert outcome.plan.tokens_per_s == pytest.approx(per_us * 1e6, rel=1e-9)
+    assert outcome.bound == pytest.approx(outcome.winner.score, rel=1e-6), "and it is proven"
