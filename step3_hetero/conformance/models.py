@@ -90,13 +90,9 @@ MODELS: Mapping[str, Callable[[], ModelConfig]] = MappingProxyType(
 
 
 @cache
-def graph_of(
-    model: str, dtype: str, *, batch_invariant: bool = False, kv_dtype: str = ""
-) -> StageGraph:
+def graph_of(model: str, dtype: str, *, batch_invariant: bool = False) -> StageGraph:
     """Return the stage graph of a model in ``dtype``."""
-    return build_graph(
-        MODELS[model](), dtype=dtype, batch_invariant=batch_invariant, kv_dtype=kv_dtype
-    )
+    return build_graph(MODELS[model](), dtype=dtype, batch_invariant=batch_invariant)
 
 
 class Drawn:
