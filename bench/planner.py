@@ -39,7 +39,7 @@ Examples:
   python -m bench.planner --runs 1 --beside ".venv-aiconfigurator/bin/aiconfigurator cli default
       --model-path Qwen/Qwen3-30B-A3B --total-gpus 16 --system h200_sxm --serving-mode afd
       --isl 4000 --osl 500 --tpot 50 --ttft 5000"
-  python -m bench.planner --generate                   # on a quiet machine
+  OMP_NUM_THREADS=1 python -m bench.planner --generate     # on a quiet machine
 """
 
 
@@ -101,12 +101,13 @@ def growth(size: int, runs: int) -> list[dict[str, Any]]:
 
 
 def unlike_racks(runs: int) -> dict[str, Any]:
-    """Return the seconds to plan 10,000 cards in racks of which no two are alike.
+    """Return the seconds to plan some 10,000 cards in racks of unlike contents and uplinks.
 
-    Each rack has one to five servers of each of one to three kinds, and an uplink of its own.
+    Each rack has one to five servers of each of one to three kinds.
     """
     from step3_hetero.placement.asked import Asked
     from step3_hetero.placement.planner import plan
+    from step3_hetero.placement.plans import SplitPlan
     from step3_hetero.placement.racks import place_on_racks
 
     times: dict[str, list[float]] = {"read": [], "plan": [], "place": []}
@@ -133,6 +134,7 @@ def unlike_racks(runs: int) -> dict[str, Any]:
         **{part: round(median(each), 2) for part, each in times.items()},
         "whole": round(sum(median(each) for each in times.values()), 2),
         "gap": f"{max(0.0, 1 - placed.bound / score):.1e}",
+        "split": isinstance(placed.plan, SplitPlan),
     }
 
 

@@ -54,9 +54,6 @@ FINEST_MS = 0.1
 STEP = 2
 """In the third digit of a pace in milliseconds: 0.2 % to 2 %."""
 
-COARSE_STEP = 10
-"""For what is only shown beside the plan: it need not be the very best of its kind."""
-
 
 @dataclass(frozen=True, slots=True)
 class Clocks:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from step3_hetero.placement.columns import COARSE_STEP
 from step3_hetero.placement.curves import curves
 from step3_hetero.placement.efficiency import CASES
 from step3_hetero.placement.explain import Alternative, alternatives, binding, label_of
@@ -269,6 +268,10 @@ def breakdown(best: AnyPlan, pools: Sequence[Pool]) -> dict[str, float] | None:
     return parts
 
 
+RANGE_STEP = 10
+"""In the third digit of a pace: 1 % to 10 %."""
+
+
 def _range(outcome: Outcome) -> list[float] | None:
     """Return the objective when assumed constants are at their high and at their low case.
 
@@ -281,7 +284,7 @@ def _range(outcome: Outcome) -> list[float] | None:
     for case in (CASES[-1], CASES[0]):
         pools = tuple(with_case(request.problem.pools, case))
         problem = replace(request.problem, pools=pools)
-        other = plan(replace(request, problem=problem, pace_step=COARSE_STEP))
+        other = plan(replace(request, problem=problem, pace_step=RANGE_STEP))
         usd = usd_per_mtok(other.plan, pools)
         if usd is None:
             return None

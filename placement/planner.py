@@ -99,7 +99,10 @@ def paces_at(space: Space, clock: int, per_token: Vector) -> list[tuple[float, f
 
 
 def _bound(space: Space, clock: int, pace_s: float, pair: float, passed: float) -> float:
-    """Return the bound on a score from the least cost of a token a second of any pair."""
+    """Return the bound on a score from the least cost of a token a second of any pair.
+
+    For most tokens it rests on ``passed``: those of a micro-batch that all pools pass on.
+    """
     request = space.request
     if request.by_ratio or not np.isfinite(pair):
         return float(pair)

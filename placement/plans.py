@@ -41,18 +41,13 @@ class Request:
     paces: tuple[tuple[int, float], ...] = PACES
     seconds: float = 30.0  # of one integer program; one that stops early leaves a gap
     programs: int = 100  # solved at most; more leave a gap
-    pace_step: int | None = None  # in place of STEP
+    pace_step: int = STEP
 
     def card_cost(self, pool: Pool) -> float:
         """Return what a card adds to the objective: dollars per million seconds, or one."""
         if self.objective == "cards":
             return 1.0
         return pool.card.price() / SECONDS_PER_HOUR * MILLION
-
-    @property
-    def step(self) -> int:
-        """Return the step of the paces that are tried."""
-        return STEP if self.pace_step is None else self.pace_step
 
     @property
     def by_ratio(self) -> bool:

@@ -53,7 +53,11 @@ class Space:
         """Enumerate the columns up to the request's target."""
         problem = request.problem
         clocks = Clocks.until(
-            request.tpot_s, request.jitter, problem.workload.layers, request.paces, request.step
+            request.tpot_s,
+            request.jitter,
+            problem.workload.layers,
+            request.paces,
+            request.pace_step,
         )
         least = min(p.efficiency.message_s for p in problem.pools)
         clocks = clocks.where(clocks.slot_s - clocks.stage_s > 2 * least)

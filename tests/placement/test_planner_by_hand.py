@@ -1,7 +1,7 @@
 """The whole planner on instances worked by hand: 20 colocated, 8 split.
 
 Each of the model's two layers has 2 MB of bf16 weights and, at 1,000 tokens of context, 200 kB of
-KV a sequence. Cards have no links, so every plan is colocated on single cards. Card A has 1e12
+KV a sequence. The 20 have cards without links: their plans are single cards. Card A has 1e12
 bytes/s: with b sequences a token takes 2 x (b x 0.2 + 2) us = 0.4 b + 4 us; arithmetic is never the
 limit. 90 % of the memory holds 4 MB of weights and 0.4 MB a sequence; 90 % of the target is used.
 """
