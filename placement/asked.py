@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from step3_hetero.errors import PlacementError
-from step3_hetero.model.config import FAMILIES, ModelConfig
 from step3_hetero.placement.catalogue import Catalogue
 from step3_hetero.placement.columns import Problem
 from step3_hetero.placement.inventory import Inventory
@@ -19,7 +18,7 @@ from step3_hetero.placement.plans import Objective, Request
 from step3_hetero.placement.pools import Pool, parse_pools
 from step3_hetero.placement.profile_file import Profile
 from step3_hetero.placement.racks import Placed
-from step3_hetero.placement.workload import Workload, paper_workload, step3_workload
+from step3_hetero.placement.workload import Workload, config_named, step3_workload, workload
 
 MOST_CONTEXT = 100_000_000
 MOST_TPOT_MS = 1e6
@@ -138,12 +137,12 @@ def read_model(text: str) -> tuple[Workload, tuple[str, ...]]:
         PlacementError, ConfigError: it is no family, no folder of a Step-3-like model, and none of
             the paper's.
     """
-    if text in FAMILIES or Path(text).is_dir():
-        model = FAMILIES[text]() if text in FAMILIES else ModelConfig.read(Path(text))
-        layers = range(model.text.num_hidden_layers)
-        kinds = tuple("moe" if model.text.is_moe(layer) else "dense" for layer in layers)
-        return step3_workload(model), kinds
-    return paper_workload(text), ()
+    model = config_named(text)
+    if model is None:
+        return workload(text), ()
+    layers = range(model.text.num_hidden_layers)
+    kinds = tuple("moe" if model.text.is_moe(layer) else "dense" for layer in layers)
+    return step3_workload(model), kinds
 
 
 def read_exclusions(texts: Sequence[str]) -> Mapping[str, set[str]]:

@@ -152,12 +152,11 @@ def workload(model: str, *, mla_value_dim: int = PAPER_MLA_VALUE_DIM) -> Workloa
         PlacementError: it is none of these.
         ConfigError: the folder's config.json is damaged or of another kind of model.
     """
-    from step3_hetero.model.config import FAMILIES, FILE, ModelConfig
+    from step3_hetero.model.config import FAMILIES
 
-    if model.strip().lower() in FAMILIES:
-        return step3_workload(FAMILIES[model.strip().lower()]())
-    if _paper_name(model) is None and (Path(model) / FILE).is_file():
-        return step3_workload(ModelConfig.read(Path(model)))
+    config = config_named(model)
+    if config is not None:
+        return step3_workload(config)
     try:
         return paper_workload(model, mla_value_dim=mla_value_dim)
     except PlacementError as error:
@@ -165,6 +164,22 @@ def workload(model: str, *, mla_value_dim: int = PAPER_MLA_VALUE_DIM) -> Workloa
         raise PlacementError(
             f"{error}; or {families}, or a folder with the config.json of a Step-3-like model"
         ) from None
+
+
+def config_named(model: str) -> ModelConfig | None:
+    """Return the config of a family or a folder; None where ``model`` means neither.
+
+    Raises:
+        ConfigError: as `workload`.
+    """
+    from step3_hetero.model.config import FAMILIES, FILE, ModelConfig
+
+    name = model.strip().lower()
+    if name in FAMILIES:
+        return FAMILIES[name]()
+    if _paper_name(model) is None and (Path(model) / FILE).is_file():
+        return ModelConfig.read(Path(model))
+    return None
 
 
 def step3_workload(model: ModelConfig) -> Workload:
