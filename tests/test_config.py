@@ -171,8 +171,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
         ("dtype: fp32", "microbatches: 2",
          "run.yaml:11: runtime.microbatches: 2 refused; allowed: 1 with runtime.processes: one; "
          "set that to per-role"),
-        ("dtype: fp32", "kv_dtype: fp8",
-         "run.yaml:11: runtime.kv_dtype: 'fp8' is not available yet; use 'auto'"),
         ("dtype: fp32", "fallback: true",
          "run.yaml:11: runtime.fallback: true is not available yet; use false"),
         ("backend: cpu", "backend: cpu\n    instances: 2",

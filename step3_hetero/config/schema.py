@@ -158,6 +158,7 @@ class Runtime(_Section):
     max_batch: Count = 64
     """Sequences in one step."""
     kv_dtype: Literal["auto", "bf16", "fp8", "int8"] = "auto"
+    """Of the KV cache; auto is ``dtype``. fp8 and int8 have a scale for each token and KV head."""
     kv_blocks: Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)] = "auto"
     """Logical blocks of 128 tokens; auto fills the memory that the weights leave."""
     prefill_chunk: Count = 512
@@ -188,7 +189,6 @@ ROLE_READY: Mapping[str, tuple[object, ...]] = {
 
 RUNTIME_READY: Mapping[str, tuple[object, ...]] = {
     "microbatches": (1, 2, 3, 4),
-    "kv_dtype": ("auto",),
 }
 
 

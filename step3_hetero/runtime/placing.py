@@ -15,10 +15,13 @@ from step3_hetero.graph import Edge, GraphStage, StageGraph
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
-from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, CacheSpec, Limits
+from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 """NumPy's names for the config's dtypes."""
+
+KV_DTYPE = {"auto": "", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
+"""A cache's dtype for ``runtime.kv_dtype``; empty is that of the activations."""
 
 MOST_BLOCKS = (2**31 - 1) // LOGICAL_BLOCK
 """Slots are int32."""
@@ -248,7 +251,7 @@ def _block_bytes(stage: GraphStage) -> int:
     spec = stage.spec
     if not isinstance(spec, AttentionSpec):
         return 0
-    return CacheSpec(spec.kv_heads, spec.head_dim, 1, spec.dtype).nbytes
+    return spec.cache(1).nbytes
 
 
 def itemsize(dtype: str) -> int:

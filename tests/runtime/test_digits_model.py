@@ -23,7 +23,7 @@ def held():
     return HeldOut.read(TINY)
 
 
-def open_model(attention="cpu", experts="cpu", *, model=TINY, ablate=None):
+def open_model(attention="cpu", experts="cpu", *, model=TINY, ablate=None, kv_dtype="auto"):
     roles = {
         "a": {
             "stages": ["embed", "vision", "attention", "head", "ffn[0,3]"],
@@ -31,7 +31,7 @@ def open_model(attention="cpu", experts="cpu", *, model=TINY, ablate=None):
         },
         "f": {"stages": ["ffn"], "backend": experts},
     }
-    runtime = {"dtype": "fp32"}
+    runtime = {"dtype": "fp32", "kv_dtype": kv_dtype}
     config = {"version": 1, "model": str(model), "roles": roles, "runtime": runtime}
     return load(config, ablate=ablate)
 
@@ -80,6 +80,13 @@ def test_block_fp8_copy_still_answers(scores, tmp_path):
     for backend in ("cpu", "reference"):
         singles, sums = scores(attention=backend, experts=backend, model=copy)
         assert min(singles, sums) >= 0.95
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_digits_are_read_over_a_cache_of_fewer_bytes(kv_dtype, backend, scores):
+    singles, sums = scores(attention=backend, experts=backend, kv_dtype=kv_dtype, limit=20)
+    assert min(singles, sums) >= 0.95
 
 
 def test_folder_is_small_enough_to_be_kept_in_the_repository():
