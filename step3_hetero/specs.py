@@ -151,7 +151,7 @@ class EmbedSpec:
         """Return the ops this stage is made of, for ``Backend.supports``."""
         dims = {"vocab": self.vocab, "hidden": self.hidden}
         return (
-            OpSpec("embed", self.dtype, dims, weight_format=weight_format),
+            OpSpec("embed", self.dtype, dims, weight_format="auto"),
             OpSpec("merge_rows", self.dtype, {"hidden": self.hidden}),
             OpSpec("concat", self.dtype, {"n": self.hidden}),
         )

@@ -177,6 +177,9 @@ NARROW_CACHE = (
         *op("attention", {"heads": 8, "kv_heads": 2, "head_dim": 24, **RAGGED, "padding": 1},
             scale=0.2, kv=w),
         *op("attention", {**SMALL, **RAGGED, "padding": 0}, scale=0.25, kv=w, draw="focused"),
+        # In float32 a row of this draw errs by one score's rounding: two runs do not bound it.
+        *op("attention", {**SMALL, **RAGGED, "padding": 0}, scale=0.25, kv=w, draw="large",
+            dtypes=("bfloat16",)),
         *op("attention", {**DEEP, "queries": (1, 1, 5), "contexts": (128, 700, 261), "blocks": 12,
                           "padding": 1}, scale=0.0625, kv=w),
     )),
@@ -249,7 +252,9 @@ STAGE_CASES = (
     *(StageCase(kind, d, "odd", 1, **MIXED, kv=w)  # type: ignore[arg-type]
       for kind in ("attention", "layer") for w in WIRE for d in BOTH),
     *(StageCase("attention", d, "odd", 1, q, c, kv=w)
-      for q, c in (((1, 1, 1, 1), (128, 40, 129, 5)), ((40,), (168,))) for w in WIRE for d in BOTH),
+      for q, c in (((1, 1), (128, 40)), ((1, 1, 1, 1), (128, 40, 129, 5)), ((40,), (168,)))
+      for w in WIRE for d in BOTH),
+    StageCase("attention", "float32", "odd", 1, **MIXED, kv="bfloat16"),  # type: ignore[arg-type]
     *(StageCase(kind, d, "odd", **MIXED)  # type: ignore[arg-type]
       for kind in ("embed", "head") for d in BOTH),
     *(StageCase("vision", d, "odd", images=2, side=side) for side in (24, 16) for d in BOTH),

@@ -20,7 +20,7 @@ from step3_hetero.conformance.routing import RouteSpy, near_ties
 from step3_hetero.conformance.trial import Expected, judge_run, reference
 from step3_hetero.graph import GraphStage
 from step3_hetero.runtime.loader import stage_weights
-from step3_hetero.specs import SCALED, AttentionSpec, HostArray, HostTensor, Limits, OpSpec
+from step3_hetero.specs import AttentionSpec, HostArray, HostTensor, Limits, OpSpec
 
 PADDING = 5
 """Rows added to a batch when a stage is tried with padding."""
@@ -201,7 +201,7 @@ class StageCase:
         own_writes = Writes(reference())
         own, cache = judge_run(self, own_writes.device, inputs, self.dtype)
         with RouteSpy(reference("in-order")) as spy:
-            if self.kv in SCALED:
+            if self.kv not in ("", self.dtype):
                 turn_codes(spy.device, writes.seen, own_writes.seen)
             ordered, cache_ordered = judge_run(self, spy.device, inputs, self.dtype)
             rounded = spy.logits

@@ -23,13 +23,16 @@ def held():
     return HeldOut.read(TINY)
 
 
-def open_model(attention="cpu", experts="cpu", *, model=TINY, ablate=None, kv_dtype="auto"):
+def open_model(
+    attention="cpu", experts="cpu", *, model=TINY, ablate=None, kv_dtype="auto", weights="auto"
+):
     roles = {
         "a": {
             "stages": ["embed", "vision", "attention", "head", "ffn[0,3]"],
             "backend": attention,
+            "weights": weights,
         },
-        "f": {"stages": ["ffn"], "backend": experts},
+        "f": {"stages": ["ffn"], "backend": experts, "weights": weights},
     }
     runtime = {"dtype": "fp32", "kv_dtype": kv_dtype}
     config = {"version": 1, "model": str(model), "roles": roles, "runtime": runtime}
@@ -87,6 +90,15 @@ def test_block_fp8_copy_still_answers(scores, tmp_path):
 def test_digits_are_read_over_a_cache_of_fewer_bytes(kv_dtype, backend, scores):
     singles, sums = scores(attention=backend, experts=backend, kv_dtype=kv_dtype, limit=20)
     assert min(singles, sums) >= 0.95
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_digits_are_read_with_int8_weights_made_from_block_fp8(backend, scores, tmp_path):
+    copy = quantise_checkpoint(TINY, tmp_path / "fp8")
+    asked = {"attention": backend, "experts": backend, "weights": "int8", "limit": 20}
+    for model in (TINY, copy):
+        singles, sums = scores(model=model, **asked)
+        assert min(singles, sums) >= 0.95
 
 
 def test_folder_is_small_enough_to_be_kept_in_the_repository():
