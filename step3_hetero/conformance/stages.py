@@ -16,7 +16,7 @@ from step3_hetero.conformance.draws import dtype_of, lay_out
 from step3_hetero.conformance.forms import fill_cache
 from step3_hetero.conformance.last import Last
 from step3_hetero.conformance.models import Drawn, graph_of
-from step3_hetero.conformance.routing import RouteSpy, near_ties
+from step3_hetero.conformance.routing import RouteSpy, near_ties, weights_slack
 from step3_hetero.conformance.trial import Expected, judge_run, reference
 from step3_hetero.graph import GraphStage
 from step3_hetero.runtime.loader import stage_weights
@@ -205,13 +205,17 @@ class StageCase:
                 turn_codes(spy.device, writes.seen, own_writes.seen)
             ordered, cache_ordered = judge_run(self, spy.device, inputs, self.dtype)
             rounded = spy.logits
-        near = {}
+        near, slack = {}, {}
         if exact:
             top_k = want["ids"].shape[1]
-            rows = near_ties(np.concatenate(exact), np.concatenate(rounded), top_k)
+            logits, own_logits = np.concatenate(exact), np.concatenate(rounded)
+            rows = near_ties(logits, own_logits, top_k)
             names = ["weights", "ids"] + (["y"] if self.kind == "layer" else [])
             near = dict.fromkeys(names, rows)
-        return Expected(want, (own, ordered), cache_want, (cache, cache_ordered), near)
+            error = np.abs(own_logits - logits).max(-1, initial=0)
+            slack = {"weights": weights_slack(error, own["weights"].dtype.name)}
+        runs, caches = (own, ordered), (cache, cache_ordered)
+        return Expected(want, runs, cache_want, caches, near, slack)
 
 
 @dataclass
