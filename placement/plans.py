@@ -40,7 +40,7 @@ class Request:
     jitter: float = JITTER
     paces: tuple[tuple[int, float], ...] = PACES
     seconds: float = 30.0  # of one integer program; one that stops early leaves a gap
-    programs: int = 100  # solved at most; more leave a gap
+    programs: int = 1_000  # solved at most; more leave a gap
     pace_step: int = STEP
 
     def card_cost(self, pool: Pool) -> float:
