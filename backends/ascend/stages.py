@@ -38,6 +38,8 @@ class AscendAttention(Stage):
         cache: att.AscendCache,
     ) -> None:
         limits.positions(spec.max_positions - 1)
+        if device.triton:
+            limits.decode_heads(spec.heads)
         self.device = device
         self.spec = spec
         self.w = weights
