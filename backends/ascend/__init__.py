@@ -28,8 +28,8 @@ OPTIONS = {
     "kv_split": "tokens: longer contexts of decoding sequences are attended in parts of that many "
     "and merged (default: 0, never)",
     "nz": "true holds matrices in the cube unit's fractal format (default: false)",
-    "triton": "true decodes bfloat16 MFA by a Triton kernel, not the vendor's operator; never run on "
-    "hardware (default: false)",
+    "triton": "true decodes bfloat16 MFA by a Triton kernel, not the vendor's operator; never run "
+    "on hardware (default: false)",
 }
 
 

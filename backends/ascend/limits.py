@@ -345,7 +345,7 @@ def decode_bytes(heads: int, head_dim: int, tile: int) -> dict[Memory, int]:
 
 
 def programs(count: int) -> None:
-    """A launch has at most 65,535 programs: their number is packed in 16 bits."""
-    source = "triton-ascend 3.2.0, backends/ascend/driver.py"
+    """A launch has at most 65,535 programs."""
+    source = "triton-ascend 3.2.0, runtime/jit.py"
     todo = "lower runtime.max_batch, or raise option kv_split"
     _most("Triton programs", count, 65535, source, todo)

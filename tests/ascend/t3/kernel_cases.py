@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from opencompiler import FOLDER, KERNELS, OnCpu
+from opencompiler import FOLDER, KERNELS, Launched, OnCpu, launches
 
-from step3_hetero.backends.ascend import decode
 from step3_hetero.backends.ascend.device import AscendDevice
 from step3_hetero.conformance.case import Case
 from step3_hetero.conformance.exam import CaseResult, examine
@@ -59,12 +58,10 @@ of parts and show only there."""
 MERGE = tuple(DEFECTS)[-2:]
 
 
-def kernels_of(cases: Sequence[Case]) -> list[tuple[str, dict[str, int]]]:
+def kernels_of(cases: Sequence[Case]) -> list[Launched]:
     """Return which kernels these cases need, whole and in parts."""
     heads = sorted({c.size("heads") for c in cases})
-    merge = {"ROWS": decode.MERGED_ROWS, "HEAD_DIM": 256}
-    attend = [("attend", decode.constants(h, 256, split=s)) for h in heads for s in (False, True)]
-    return [*attend, ("combine", merge)]
+    return [one for h in heads for split in (False, True) for one in launches(h, split=split)]
 
 
 def results(

@@ -1,8 +1,9 @@
 """Lower Triton kernels, plan them for a 910B and compile their lowered form for this CPU.
 
 Runs where triton-ascend is the only triton. Jobs come as a JSON list on standard input, results
-leave as one on standard output. A job: kernel, source (its file), constants; targets, the chips to
-plan it for; object, the shared library to write, or nothing.
+leave as one on standard output. A job: kernel, source (its file), arguments and constants of its
+launch (an array stands as its dtype); targets, the chips to plan it for; object, the shared library
+to write, or nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +22,10 @@ import triton
 from triton._C.libtriton import ir, llvm
 from triton.backends.ascend import compiler
 from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import MockTensor
 
 HERE = Path(__file__).resolve().parent
-SIGNATURES = {
-    "attend": {"q": "*bf16", "keys": "*bf16", "values": "*bf16", "out": "*bf16", "lse": "*fp32",
-               "tables": "*i32", "contexts": "*i32", "table_stride": "i32", "share": "i32",
-               "scale": "fp32"},
-    "combine": {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "splits": "i32"},
-}  # fmt: skip
 SPACES = {"ub": "unified buffer", "cbuf": "L1", "cc": "L0C"}
 BYTES = {"i1": 1 / 8, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8}
 PLAN = ("--enable-auto-multi-buffer=True", "--enable-auto-bind-sub-block=True",
@@ -57,14 +54,27 @@ def module(source: str):
     return made
 
 
+class NoCard:
+    """What Triton asks of a card before it compiles a launch."""
+
+    def get_current_device(self) -> int:
+        """Return the only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Return a stream that nothing is queued on."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """Name a chip; what is lowered is the same for all, plans are made for each."""
+        return GPUTarget("npu", "Ascend910B3", 0)
+
+
 def lowered(job) -> str:
-    """Return a kernel as the linear algebra that the planner takes."""
+    """Return what Triton makes of a launch, up to the linear algebra that the planner takes."""
     kernel = getattr(module(job["source"]), job["kernel"])
-    signature = dict(SIGNATURES[job["kernel"]])
-    if job["constants"].get("SPLIT"):
-        signature["out"] = "*fp32"
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constants=job["constants"])
-    made = triton.compile(source, target=GPUTarget("npu", "Ascend910B3", 0))
+    given = [MockTensor(x) if isinstance(x, str) else x for x in job["arguments"]]
+    made = kernel.warmup(*given, grid=(1, 1), **job["constants"])
     text = made.asm["npubin"]
     return text.decode() if isinstance(text, bytes) else text
 
@@ -140,7 +150,7 @@ def write_object(text: str, target: Path) -> None:
 
 def main() -> None:
     """Do the jobs on standard input."""
-    compiler.AscendBackend.add_stages = stop_at_linalg
+    driver.set_active(NoCard())
     for backend in triton.backends.backends.values():  # loaded under a second name
         backend.compiler.add_stages = stop_at_linalg
     results = []

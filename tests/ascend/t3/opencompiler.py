@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from step3_hetero.backends.ascend import decode
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -83,6 +86,40 @@ def lower(jobs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     return results
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A launch of decode.py: an array among its arguments stands as its dtype."""
+
+    kernel: str
+    arguments: tuple[str | int | float, ...]
+    constants: Mapping[str, int]
+
+    def job(self, source: Path) -> dict[str, Any]:
+        """Return it as lower.py reads it."""
+        return {"source": str(source), "kernel": self.kernel, "arguments": self.arguments,
+                "constants": dict(self.constants)}  # fmt: skip
+
+    def with_constants(self, **changed: int) -> Launched:
+        """Return it for other tiles."""
+        return replace(self, constants={**self.constants, **changed})
+
+
+def launches(heads: int, *, split: bool) -> list[Launched]:
+    """Return what decode.py launches for two sequences; with ``split`` in two parts."""
+    seen = []
+
+    def note(name: str, grid: object, args: Sequence[Any], constants: Mapping[str, int]) -> None:
+        kinds = (str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else x for x in args)
+        seen.append(Launched(name, tuple(kinds), constants))
+
+    cache = torch.empty(4, 128, 1, 256, dtype=torch.bfloat16, device="meta")
+    queries = torch.empty(2, heads, 256, dtype=torch.bfloat16, device="meta")
+    counts = torch.empty(2, 2, dtype=torch.int32, device="meta")
+    parts = {"parts": 2, "split": 128} if split else {}
+    decode.attend(note, queries, cache, cache, counts, counts[0], scale=0.0625, **parts)
+    return seen
+
+
 @dataclass
 class OnCpu:
     """Launches what ``lower`` made of the kernels in ``source``, over a stand-in's host memory.
@@ -93,12 +130,12 @@ class OnCpu:
     source: Path = KERNELS
     programs: dict[str, int] = field(default_factory=dict)
 
-    def compile(self, wanted: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+    def compile(self, wanted: Sequence[Launched]) -> None:
         """Compile kernels for their constants, all in one process; what is there stays."""
+        files = {self._object(one.kernel, one.constants): one for one in wanted}
         lower([
-            {"kernel": name, "source": str(self.source), "constants": constants,
-             "object": str(self._object(name, constants))}
-            for name, constants in wanted if not self._object(name, constants).exists()
+            {**one.job(self.source), "object": str(file)}
+            for file, one in files.items() if not file.exists()
         ])  # fmt: skip
 
     def __call__(
@@ -119,7 +156,8 @@ class OnCpu:
 
     def _object(self, name: str, constants: Mapping[str, int]) -> Path:
         made_of = [json.dumps([name, constants], sort_keys=True).encode(), self.source.read_bytes()]
-        made_of += [(HERE / n).read_bytes() for n in ("lower.py", "support.c", "opencompiler.py")]
+        files = [HERE / n for n in ("lower.py", "support.c", "opencompiler.py")]
+        made_of += [file.read_bytes() for file in (*files, Path(decode.__file__))]
         folder = FOLDER / "objects"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"

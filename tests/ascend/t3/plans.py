@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from opencompiler import HERE, KERNELS, lower
+from opencompiler import HERE, KERNELS, launches, lower
 
 from step3_hetero.backends.ascend import decode, limits
 
@@ -25,17 +25,15 @@ Table = dict[str, dict[str, Any]]
 
 def jobs() -> list[dict[str, Any]]:
     """Return what is planned: every tile for Step-3's 64 heads, the tile in use for the others."""
-    made = [
-        ("attend", decode.constants(heads, HEAD_DIM, tile, split=split))
-        for heads in HEADS
-        for tile in (TILES if heads == max(HEADS) else (decode.TILE,))
-        for split in (False, True)
-    ]
-    made += [("combine", {"ROWS": rows, "HEAD_DIM": HEAD_DIM}) for rows in MERGED]
-    return [
-        {"kernel": kernel, "source": str(KERNELS), "constants": constants, "targets": TARGETS}
-        for kernel, constants in made
-    ]
+    made = []
+    for heads in HEADS:
+        for tile in TILES if heads == max(HEADS) else (decode.TILE,):
+            for split in (False, True):
+                sizes = decode.constants(heads, HEAD_DIM, tile, split=split)
+                made.append(launches(heads, split=split)[0].with_constants(**sizes))
+    merge = launches(max(HEADS), split=True)[1]
+    made += [merge.with_constants(ROWS=rows) for rows in MERGED]
+    return [{**one.job(KERNELS), "targets": TARGETS} for one in made]
 
 
 def plan() -> Table:
