@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --qui
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: help demo test lint types wheel-test conformance bench setup clean \
-  cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-t2 ascend-t3 test-npu
+  cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-stand-in ascend-t2 ascend-t3 test-npu
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -65,6 +65,12 @@ bench-gpu: $(VENV)/.dev ## time the CUDA kernels on the card of this machine; wi
 
 test-ascend: $(VENV)/.dev ## the Ascend backend on a stand-in device (tier 1)
 	@$(BIN)/python -m pytest tests/ascend
+
+ascend-stand-in: $(VENV)/.dev ## certify the Ascend backend on its stand-in device (tier 1), some minutes
+	@STEP3_HETERO_ASCEND_STAND_IN=tests/ascend/device $(BIN)/step3-hetero conformance run \
+	  --backend ascend --full --workers $(WORKERS) \
+	  --json docs/certificates/ascend-stand-in.certificate.json
+	@$(BIN)/python -m step3_hetero.conformance.ops_page
 
 ascend-t2: $(VENV)/.dev ## its calls against the real torch_npu, without a card (tier 2)
 	@$(BIN)/python tests/ascend/t2/run.py

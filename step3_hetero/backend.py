@@ -55,7 +55,7 @@ class Dtypes:
     wire: tuple[str, ...]
 
 
-Tier = Literal["device", "interpreted", "stand-in", "emulated"]
+Tier = Literal["device", "interpreted", "host stand-in", "emulated"]
 """What runs a backend's code: its own hardware, an interpreter of its kernels, host code that
 stands in for the vendor's library, or an emulator of the hardware."""
 

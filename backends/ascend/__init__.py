@@ -88,7 +88,7 @@ def _info(name: str, card: cards.Card | None, memory_bytes: int, description: st
         DTYPES,
         bandwidth_bytes_per_s=cards.BANDWIDTH_BYTES_PER_S if card else None,
         flops_per_s=card.flops_per_s if card else {},
-        tier="stand-in" if driver.stand_in() else "device",
+        tier="host stand-in" if driver.stand_in() else "device",
         driver=driver.library_version(),
     )
 

@@ -79,7 +79,8 @@ def _requantised(role: dict[str, Any]) -> str:
         return ""
     return (
         f"role {role['role']}: {role['backend']} requantises {made['tensors']} tensors of the "
-        f"checkpoint to {made['to']}, {human_bytes(made['bytes'])}: {made['method']}"
+        f"checkpoint from {made['stored']} to {made['to']}, {human_bytes(made['bytes'])}: "
+        f"{made['method']}"
     )
 
 

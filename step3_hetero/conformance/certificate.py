@@ -73,6 +73,7 @@ class CaseRecord(_Record):
     reason: str = ""
     findings: tuple[FindingRecord, ...] = ()
     sketch: dict[str, tuple[float, ...]] = {}
+    held: str = ""
 
 
 class DeviceRecord(_Record):
@@ -107,6 +108,11 @@ class Certificate(_Record):
     claimed_untested: tuple[str, ...]
     counts: dict[str, int]
     cases: tuple[CaseRecord, ...]
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Return how weights were held, requantised ones included, and in how many cases."""
+        return dict(sorted(Counter(c.held for c in self.cases if c.held).items()))
 
     @property
     def passed(self) -> bool:
@@ -214,6 +220,7 @@ def _record(result: CaseResult) -> CaseRecord:
         reason=result.reason,
         findings=tuple(FindingRecord(check=f.check, message=f.message) for f in result.findings),
         sketch={name: tuple(map(_rounded, values)) for name, values in result.sketch.items()},
+        held=result.held,
     )
 
 

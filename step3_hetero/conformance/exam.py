@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from step3_hetero.backend import Array, Backend, Device, DeviceInfo
+from step3_hetero.backend import Array, Backend, Device, DeviceInfo, Weights
 from step3_hetero.conformance.calls import CallLog, logged
 from step3_hetero.conformance.case import Inputs
 from step3_hetero.conformance.guards import Guarded, guarded
@@ -50,7 +50,8 @@ class CaseResult:
 
     ``worst`` is the largest squared error as a part of what is allowed; ``error`` and ``bound`` are
     those of that row. ``near_ties`` counts rows whose routing rounding may change. ``sketch`` tells
-    the results of two devices apart without holding them: see ``sketch_of``.
+    the results of two devices apart without holding them: see ``sketch_of``. ``held`` is the
+    method by which the device holds the op's weights, as ``Weights.method`` says.
     """
 
     id: str
@@ -65,6 +66,7 @@ class CaseResult:
     seconds: float = 0.0
     reason: str = ""
     sketch: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,14 @@ def examine(
         max((int(near.sum()) for near in exam.expected.near.values()), default=0),
         time.perf_counter() - start,
         sketch={} if raised else _sketches(exam),
+        held="" if raised else _held(exam),
     )
+
+
+def _held(exam: Exam) -> str:
+    """Return the method by which the device holds an op's weights; empty if there are none."""
+    weights = getattr(exam.placed, "weights", None)
+    return weights.method if isinstance(weights, Weights) else ""
 
 
 def _not_stored(exam: Exam) -> str | None:

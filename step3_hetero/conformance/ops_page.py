@@ -102,6 +102,9 @@ def _notes(certificates: Iterable[Certificate]) -> Iterable[str]:
     for c in certificates:
         if c.borrows:
             yield f"`{c.backend}` borrows kernels of {', '.join(c.borrows)}."
+        if c.held:
+            held = ", ".join(f"{method} ({n} cases)" for method, n in c.held.items())
+            yield f"`{c.backend}` holds weights as: {held}.\n"
         if c.claimed_untested:
             yield f"`{c.backend}` claims, and no case tried: {', '.join(c.claimed_untested)}."
         for r in c.cases:

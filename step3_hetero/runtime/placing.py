@@ -31,14 +31,25 @@ KV_SHARE = 0.4
 """The part of the memory that weights leave which ``kv_blocks: auto`` may take."""
 
 
+METHODS = {
+    "int8": "codes with a float32 scale for each output row, made at load; "
+    "activations are quantised for each token"
+}
+
+BLOCK_FP8 = "block float8_e4m3fn"
+
+
 @dataclass(frozen=True, slots=True)
 class Requantised:
-    """What a role's backend makes INT8 at load, whatever the checkpoint stores it as.
+    """What a role's backend makes of the checkpoint's weights at load: it holds them otherwise.
 
-    ``weights`` counts the numbers in ``tensors`` of the checkpoint; ``nbytes`` are those of codes
-    and scales.
+    ``to`` is the format held: INT8 as asked, or the activations' dtype where a device stores no
+    FP8. ``weights`` counts the numbers in ``tensors`` of the checkpoint; ``nbytes`` are those held,
+    scales included.
     """
 
+    stored: str
+    to: str
     tensors: int
     weights: int
     nbytes: int
@@ -46,12 +57,12 @@ class Requantised:
     def to_json(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
         return {
-            "to": "int8",
+            "stored": self.stored,
+            "to": self.to,
             "tensors": self.tensors,
             "weights": self.weights,
             "bytes": self.nbytes,
-            "method": "codes with a float32 scale for each output row, made at load; "
-            "activations are quantised for each token",
+            "method": METHODS.get(self.to, "decoded and rounded at load"),
         }
 
 
@@ -156,7 +167,7 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
     """
     role_of = config.assign([s.name for s in graph.stages])
     roles = {
-        name: _role_plan(config, name, [s for s in graph.stages if role_of[s.name] == name])
+        name: _role_plan(config, model, name, [s for s in graph.stages if role_of[s.name] == name])
         for name in config.roles
         if name in role_of.values()
     }
@@ -168,21 +179,24 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
     return Placement(graph, roles, role_of, limits, _kv_blocks(config, roles, limits))
 
 
-def _role_plan(config: Config, name: str, stages: Sequence[GraphStage]) -> RolePlan:
+def _role_plan(
+    config: Config, model: ModelConfig, name: str, stages: Sequence[GraphStage]
+) -> RolePlan:
     role = config.roles[name]
     backend = get_backend(role.backend)
     weight_format = DTYPE.get(role.weights, role.weights)
+    info = backend.reference_info(role.card)
     plan = RolePlan(
         name,
         backend,
-        backend.reference_info(role.card),
+        info,
         role.devices[0] if role.devices else 0,
         role.options,
         weight_format,
         tuple(s.name for s in stages),
         sum(_stage_bytes(s, weight_format) for s in stages),
         sum(_block_bytes(s) for s in stages),
-        _requantised(stages) if weight_format == "int8" else None,
+        _requantised(stages, model, info, weight_format),
     )
     check_supported(config, plan, stages)
     return plan
@@ -282,13 +296,24 @@ def _rows(param: Param) -> int:
     return sum(math.prod(shape[:-1]) for shape in param.shapes.values())
 
 
-def _requantised(stages: Sequence[GraphStage]) -> Requantised | None:
+def _requantised(
+    stages: Sequence[GraphStage], model: ModelConfig, info: DeviceInfo, weight_format: str
+) -> Requantised | None:
+    """Return what is held in another format than the checkpoint's, beyond a change of dtype."""
     params = [p for s in stages for p in s.params if p.compressible]
-    if not params:
+    decoded = model.fp8_blocks and "float8_e4m3fn" not in info.dtypes.stored
+    if not params or not (weight_format == "int8" or decoded):
         return None
+    held = stages[0].spec.dtype if weight_format == "auto" else weight_format
     weights = sum(p.elements for p in params)
-    nbytes = weights * itemsize("int8") + sum(map(_rows, params)) * itemsize("float32")
-    return Requantised(sum(len(p.tensors) for p in params), weights, nbytes)
+    scales = sum(map(_rows, params)) * itemsize("float32") if held == "int8" else 0
+    return Requantised(
+        BLOCK_FP8 if model.fp8_blocks else model.dtype,
+        held,
+        sum(len(p.tensors) for p in params),
+        weights,
+        weights * itemsize(held) + scales,
+    )
 
 
 def _block_bytes(stage: GraphStage) -> int:

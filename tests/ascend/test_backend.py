@@ -35,7 +35,7 @@ def test_stand_in_that_does_not_load_is_told_with_its_cause(backend, monkeypatch
 
 
 def test_tier_follows_the_stand_in(backend, monkeypatch):
-    assert backend.reference_info(None).tier == "stand-in"
+    assert backend.reference_info(None).tier == "host stand-in"
     monkeypatch.delenv(driver.VARIABLE)
     assert backend.reference_info(None).tier == "device"
 

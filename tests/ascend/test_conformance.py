@@ -31,7 +31,7 @@ def test_ascend_keeps_to_what_rounding_explains(trial, backend, device):
 
 def test_every_op_is_claimed_and_the_tier_is_named(backend, device):
     certificate = certify(backend, device.info, [], "selected")
-    assert certificate.device.tier == "stand-in"
+    assert certificate.device.tier == "host stand-in"
     assert "stand-in" in certificate.device.description
     assert "stand-in" in certificate.library
     assert not certificate.missing
@@ -46,5 +46,5 @@ def test_certificate_of_the_command_names_the_tier(tmp_path, stand_in):
         text=True, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tier: stand-in" in done.stdout
-    assert json.loads(file.read_text())["device"]["tier"] == "stand-in"
+    assert "tier: host stand-in" in done.stdout
+    assert json.loads(file.read_text())["device"]["tier"] == "host stand-in"

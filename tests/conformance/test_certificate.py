@@ -21,6 +21,11 @@ from step3_hetero.conformance.text_layer import missing_text_ops
 from step3_hetero.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = {
+    "device": {"full"},
+    "host stand-in": {"full"},
+    "interpreted": {"quick"},  # real sizes would take the interpreter hours
+}
 
 
 def passing(case="add[x]", op="add", **fields):
@@ -36,7 +41,7 @@ def test_committed_certificates_pass_and_the_page_is_made_from_them():
     found = sorted((ROOT / "docs" / "certificates").glob("*.certificate.json"))
     certificates = [Certificate.read(path) for path in found]
     assert {c.backend for c in certificates} >= {"cpu"}
-    assert all(c.passed and c.scope == "full" for c in certificates)
+    assert all(c.passed and c.scope in ALLOWED[c.device.tier] for c in certificates)
     page = (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
     assert page == ops_page.page(certificates), "run: python -m step3_hetero.conformance.ops_page"
 
