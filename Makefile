@@ -69,8 +69,8 @@ test-ascend: $(VENV)/.dev ## the Ascend backend on a stand-in device (tier 1)
 ascend-t2: $(VENV)/.dev ## its calls against the real torch_npu, without a card (tier 2)
 	@$(BIN)/python tests/ascend/t2/run.py
 
-ascend-t3: ## its Triton kernels through the vendor's compiler (tier 3): there are none yet
-	@echo "tier 3: not run: the backend has no Triton kernel of its own yet (docs/ascend.md)"
+ascend-t3: $(VENV)/.dev ## its Triton kernels through the vendor's open compiler (tier 3)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/ascend/t3/run.py
 
 test-npu: ## on a machine with a 910B: certify it and write ascend.certificate.json (tier 4)
 	@$(PYTHON) -c 'import torch_npu' || { echo "torch_npu does not import: see docs/ascend.md" >&2; exit 1; }

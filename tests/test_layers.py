@@ -39,7 +39,7 @@ VENDOR_LIBRARIES = {
     "torch_common": "torch",
     "cpu": "torch",
     "cuda": "torch triton",
-    "ascend": "torch torch_npu",
+    "ascend": "torch torch_npu triton",
     "onnxruntime": "onnx onnxruntime",
 }
 SHARED = "torch_common"

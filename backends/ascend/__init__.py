@@ -28,6 +28,8 @@ OPTIONS = {
     "kv_split": "tokens: longer contexts of decoding sequences are attended in parts of that many "
     "and merged (default: 0, never)",
     "nz": "true holds matrices in the cube unit's fractal format (default: false)",
+    "triton": "true decodes bfloat16 MFA by a Triton kernel, not the vendor's operator; never run "
+    "on hardware (default: false)",
 }
 
 
@@ -49,14 +51,16 @@ class AscendBackend(Backend):
     def open(self, index: int, options: Mapping[str, Any] = NO_OPTIONS) -> Device:
         """Open an NPU."""
         check_options(self.name, options, OPTIONS)
-        split, nz = _kv_split(options), _flag(options, "nz")
+        split, nz, triton = _kv_split(options), _flag(options, "nz"), _flag(options, "triton")
         if reason := self.why_unavailable():
             raise PlacementError(f"backend ascend: {reason}")
         if not 0 <= index < driver.count():
             raise PlacementError(f"ascend has {driver.count()} devices here; asked for {index}")
+        from step3_hetero.backends.ascend import decode
         from step3_hetero.backends.ascend.device import AscendDevice
 
-        return AscendDevice(_here(index), index, kv_split=split, nz=nz)
+        launch = decode.launcher() if triton else None
+        return AscendDevice(_here(index), index, kv_split=split, nz=nz, triton=launch)
 
     def supports(self, info: DeviceInfo, spec: OpSpec) -> str | None:
         """Ask the limits of the vendor's operators."""

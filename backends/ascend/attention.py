@@ -1,7 +1,8 @@
 """Attention over a paged cache. See ``reference.attention``.
 
 bfloat16 goes through the vendor's fused operator, decoding sequences in one call, each prompt in
-one of its own. float32, which that operator does not take, is composed of products and softmax.
+one of its own; with option ``triton`` decoding sequences go through decode.py instead. float32,
+which that operator does not take, is composed of products and softmax.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step3_hetero.backend import BatchMeta, KVCache
-from step3_hetero.backends.ascend import limits, vendor
+from step3_hetero.backends.ascend import decode, limits, vendor
 from step3_hetero.backends.ascend.rope import looked_up
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host
 from step3_hetero.errors import UnsupportedOp
@@ -39,15 +40,23 @@ class Group:
     contexts: list[int]
     queries: int
     parts: int
+    lengths: Tensor | None = None  # contexts on the device, where a Triton kernel reads them
 
 
 class Batch:
     """A batch as the kernels here take it, built once and shared by all layers."""
 
-    def __init__(self, meta: BatchMeta, device: torch.device, split_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        meta: BatchMeta,
+        device: torch.device,
+        split_tokens: int = 0,
+        triton: decode.Launch | None = None,
+    ) -> None:
         self.meta = meta
         self.device = device
         self.split_tokens = split_tokens
+        self.triton = triton
         self.positions = torch.from_numpy(meta.positions).to(device)
         kept = np.flatnonzero(meta.slots >= 0)
         self.writes = len(kept)
@@ -60,7 +69,10 @@ class Batch:
     @cached_property
     def groups(self) -> list[Group]:
         """Return what is attended together."""
-        return _groups(self.meta, self.device, self.split_tokens)
+        groups = _groups(self.meta, self.device, self.split_tokens)
+        for group in groups if self.triton else ():
+            group.lengths = torch.tensor(group.contexts, dtype=torch.int32).to(self.device)
+        return groups
 
     def angles(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the rotary cosines and sines of the batch's positions."""
@@ -180,8 +192,23 @@ def attention(q: Tensor, cache: AscendCache, batch: Batch, *, scale: float) -> T
     out = torch.zeros_like(q) if batch.padded or not batch.groups else torch.empty_like(q)
     attend = _fused if q.dtype == torch.bfloat16 else _composed
     for group in batch.groups:
-        out[group.rows] = attend(q[group.rows], cache, group, scale, batch.split_tokens)
+        rows, split = q[group.rows], batch.split_tokens
+        if batch.triton and group.queries == 1:
+            out[group.rows] = _decoded(batch.triton, rows, cache, group, scale, split)
+        else:
+            out[group.rows] = attend(rows, cache, group, scale, split)
     return out
+
+
+def _decoded(
+    launch: decode.Launch, q: Tensor, cache: AscendCache, group: Group, scale: float, split: int
+) -> Tensor:
+    """Attend for decoding sequences by the Triton kernel. Shapes: q (seqs, heads, d) -> q's."""
+    spec = cache.spec
+    limits.decode_cache(spec.kv_heads, spec.head_dim, spec.dtype)
+    assert group.lengths is not None, "a batch with a launcher has them"
+    return decode.attend(launch, q, cache.k, cache.v, group.table, group.lengths,
+                         scale=scale, parts=group.parts, split=split)  # fmt: skip
 
 
 def _fused(q: Tensor, cache: AscendCache, group: Group, scale: float, split: int) -> Tensor:

@@ -26,6 +26,7 @@ from step3_hetero.backend import (
 )
 from step3_hetero.backends.ascend import (
     attention,
+    decode,
     driver,
     limits,
     linear,
@@ -104,19 +105,27 @@ class AscendDevice(Device):
     """One NPU. Kernels are queued; ``to_host`` and events wait.
 
     ``kv_split`` cuts the contexts of decoding sequences into parts of that many tokens; ``nz``
-    holds matrices in the cube unit's own format. ``manifest`` lists every tensor that was
+    holds matrices in the cube unit's own format; ``triton`` launches the decode kernel, which is
+    used where it is given. ``manifest`` lists every tensor that was
     requantised on its way here.
     """
 
     kernels = KERNELS
 
     def __init__(
-        self, info: DeviceInfo, index: int, *, kv_split: int = 0, nz: bool = False
+        self,
+        info: DeviceInfo,
+        index: int,
+        *,
+        kv_split: int = 0,
+        nz: bool = False,
+        triton: decode.Launch | None = None,
     ) -> None:
         self.info = info
         self.index = index
         self.kv_split = kv_split
         self.nz = nz
+        self.triton = triton
         self.manifest: list[Requantised] = []
         driver.module().set_device(index)
         driver.exact_products()
@@ -171,12 +180,14 @@ class AscendDevice(Device):
 
     def open_cache(self, spec: CacheSpec) -> attention.AscendCache:
         """Return a zeroed cache."""
+        if self.triton:
+            limits.decode_cache(spec.kv_heads, spec.head_dim, spec.dtype)
         return attention.AscendCache(spec, self.device)
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
         if self._batch is None or self._batch.meta is not meta:
-            self._batch = attention.Batch(meta, self.device, self.kv_split)
+            self._batch = attention.Batch(meta, self.device, self.kv_split, self.triton)
         return self._batch
 
     def build(

@@ -301,3 +301,51 @@ def on_chip(memory: Memory, nbytes: int) -> None:
     """A kernel's tiles have to fit the memory they are computed in."""
     source = "bishengir-compile 1.2.0, target tables"
     _most(memory, nbytes, ON_CHIP_BYTES[memory], source, "use smaller tiles", least=0)
+
+
+# The Triton decode kernel (kernels/attention.py)
+
+PLANNED = "bishengir-compile 1.2.0, tests/ascend/t3/plans.json"
+
+
+def decode_cache(kv_heads: int, head_dim: int, dtype: str) -> None:
+    """One KV head of 256 in bfloat16: MFA."""
+    if (kv_heads, head_dim, dtype) != (1, 256, "bfloat16"):
+        said = f"{kv_heads} KV heads of {head_dim}, {dtype}"
+        raise LimitExceeded("Triton decode", said, "1 KV head of 256, bfloat16", PLANNED,
+                            "leave option triton off")  # fmt: skip
+
+
+def decode_heads(heads: int) -> None:
+    """64 query heads, or what 2 or 4 tensor-parallel ranks hold of them."""
+    _one_of("Triton decode heads", heads, (16, 32, 64), PLANNED, "leave option triton off")
+
+
+def decode_tile(heads: int, head_dim: int, tile: int) -> None:
+    """The matrices beside the cube unit fit: see ``decode_bytes``. Queries hold L1 throughout."""
+    for memory, nbytes in decode_bytes(heads, head_dim, tile).items():
+        on_chip(memory, nbytes)
+
+
+def decode_bytes(heads: int, head_dim: int, tile: int) -> dict[Memory, int]:
+    """Return the bytes of queries, keys, values, weights (L1) and of the two products (L0C).
+
+    What the vector units hold is the compiler's choice and stands in its plan alone. Keys, values
+    and weights are held twice: one is loaded while the other is multiplied.
+
+    >>> decode_bytes(64, 256, 128)
+    {'L1': 327680, 'L0C': 98304}
+    """
+    bfloat16, float32 = 2, 4
+    tiles = 2 * tile * head_dim + heads * tile
+    return {
+        "L1": (heads * head_dim + 2 * tiles) * bfloat16,
+        "L0C": heads * (tile + head_dim) * float32,
+    }
+
+
+def programs(count: int) -> None:
+    """A launch has at most 65,535 programs."""
+    source = "triton-ascend 3.2.0, runtime/jit.py"
+    todo = "lower runtime.max_batch, or raise option kv_split"
+    _most("Triton programs", count, 65535, source, todo)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from step3_hetero.backend import BatchMeta, Device, Stage
+from step3_hetero.backend import BatchMeta, Stage
 from step3_hetero.backends.ascend import attention as att
 from step3_hetero.backends.ascend import limits, moe, vendor
 from step3_hetero.backends.ascend.norm import rms_norm
 from step3_hetero.backends.ascend.rope import rotate
 from step3_hetero.composed import deliver
 from step3_hetero.specs import AttentionSpec, FfnSpec
+
+if TYPE_CHECKING:
+    from step3_hetero.backends.ascend.device import AscendDevice
 
 Named = Mapping[str, Tensor]
 
@@ -32,12 +35,14 @@ class AscendAttention(Stage):
 
     def __init__(
         self,
-        device: Device,
+        device: AscendDevice,
         spec: AttentionSpec,
         weights: Mapping[str, Any],
         cache: att.AscendCache,
     ) -> None:
         limits.positions(spec.max_positions - 1)
+        if device.triton:
+            limits.decode_heads(spec.heads)
         self.device = device
         self.spec = spec
         self.w = weights

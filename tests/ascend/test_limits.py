@@ -78,10 +78,17 @@ BOUNDS = {
                 (l.weights, (None, "float32", "embed"), ("int8", "bfloat16", "embed")),
                 (l.weights, ("auto", "float32", "linear"), ("float8_e4m3fn", "float32", "linear"))],
     "unified buffer": [(l.on_chip, ("unified buffer", 196608), ("unified buffer", 196609))],
-    "L1": [(l.on_chip, ("L1", 524288), ("L1", 524289))],
+    "L1": [(l.on_chip, ("L1", 524288), ("L1", 524289)),
+           (l.decode_tile, (64, 256, 213), (64, 256, 214))],
     "L0A": [(l.on_chip, ("L0A", 65536), ("L0A", 65537))],
     "L0B": [(l.on_chip, ("L0B", 65536), ("L0B", 65537))],
-    "L0C": [(l.on_chip, ("L0C", 131072), ("L0C", 131073))],
+    "L0C": [(l.on_chip, ("L0C", 131072), ("L0C", 131073)),
+            (l.decode_tile, (128, 256, 0), (128, 256, 1))],
+    "Triton decode": [(l.decode_cache, (1, 256, "bfloat16"), (2, 256, "bfloat16")),
+                      (l.decode_cache, (1, 256, "bfloat16"), (1, 128, "bfloat16")),
+                      (l.decode_cache, (1, 256, "bfloat16"), (1, 256, "float32"))],
+    "Triton decode heads": [(l.decode_heads, (64,), (128,)), (l.decode_heads, (16,), (8,))],
+    "Triton programs": [(l.programs, (65535,), (65536,)), (l.programs, (1,), (0,))],
 }  # fmt: skip
 """By the limit's name: the function, arguments it takes, and arguments (or a call) it refuses."""
 
@@ -124,4 +131,4 @@ def test_every_limit_function_is_tried():
     public = {n for n, f in vars(l).items()
               if callable(f) and getattr(f, "__module__", "") == l.__name__
               and not n.startswith("_") and not isinstance(f, type)}  # fmt: skip
-    assert public - tried == {"padded_head_dim"}
+    assert public - tried == {"padded_head_dim", "decode_bytes"}

@@ -58,7 +58,7 @@ def test_json_of_generate_gives_seconds_by_stage_kind_and_role(ask):
     assert timings["prefill_s"] > 0 and timings["decode_s"] > 0 and timings["tokens_per_s"] > 0
     stages = {(s["role"], s["stage"]): s for s in timings["stages"]}
     assert stages.keys() == {
-        *(("a", kind) for kind in ("vision", "embed", "attention", "ffn", "head")),
+        *(("a", kind) for kind in ("vision", "embed", "attention", "ffn", "head", "sample")),
         ("f", "ffn"),
     }
     assert all(s["seconds"] > 0 and s["calls"] > 0 for s in stages.values())
