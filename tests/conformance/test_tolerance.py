@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from step3_hetero.conformance.routing import margins, near_ties
+from step3_hetero.conformance.stages import StageCase
 from step3_hetero.conformance.tolerance import ROUNDOFF, finite_pattern, judge, row_nmse, same_bits
+from step3_hetero.conformance.trial import expected_of
 
 F32 = np.float32
 
@@ -63,3 +65,15 @@ def test_a_row_is_a_near_tie_when_rounding_reaches_across_its_margin():
     rounded = exact + 0.03 * np.array([[1, -1, 1, -1], [1, -1, 1, -1]])
     assert margins(exact, 2).tolist() == pytest.approx([0.1, 2.0])
     assert near_ties(exact, rounded, 2).tolist() == [True, False]
+
+
+def test_row_of_weights_may_err_by_what_rounding_of_the_logits_makes_of_it():
+    trial = StageCase("attention", "float32", "odd", 1, (1, 1), (129, 40))
+    _, expected = expected_of(trial)
+    assert expected.slack.keys() == {"weights"}
+    want, slack = expected.want["weights"], expected.slack["weights"]
+    for part, within in ((0.9, True), (1.1, False)):
+        factor = 1 + part * np.sqrt(slack)[:, None]
+        judged = expected.judged("weights", (want * factor).astype(np.float32))
+        assert ((judged.row_error <= judged.row_bound) == within).all()
+        assert ((judged.element_error <= judged.element_bound) == within).all()
