@@ -13,14 +13,14 @@ from typing import Any
 
 from step3_hetero.config import Config, stage_ranges
 from step3_hetero.config.schema import Role
-from step3_hetero.errors import ConfigError, PlacementError
+from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.placement.catalogue import Card, Catalogue
 from step3_hetero.placement.network import a2f_bytes
 from step3_hetero.placement.performance import KEPT_PRECISION, MEMORY_SHARE, kv_shards
 from step3_hetero.placement.workload import ELEMENT_BYTES, Part, Workload, step3_workload
 from step3_hetero.registry import backend_names
-from step3_hetero.runtime.resolving import model_config, stage_graph
+from step3_hetero.runtime.resolving import model_config, resolve, stage_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,25 @@ class PlannedRole:
 
 
 def only_planned(config: Config) -> list[str]:
-    """Return why this build cannot run a plan: keys it does not know yet, backends it has not."""
+    """Return why this build cannot run a plan: keys, backends, ops or formats that it lacks."""
     said = [problem.message for problem in config.unready()]
     installed = backend_names()
     for name, role in config.roles.items():
         if role.backend not in installed:
             known = ", ".join(installed)
             said.append(f"roles.{name}.backend: no backend {role.backend!r}; installed: {known}")
-    return said if config.predicted is not None else []
+    if config.predicted is None:
+        return []
+    return said or _unsupported(config)
+
+
+def _unsupported(config: Config) -> list[str]:
+    """Return what a backend refuses of a plan: a format of weights or cache that it lacks."""
+    try:
+        resolve(config)
+    except UnsupportedOp as refused:
+        return [str(refused)]
+    return []
 
 
 def check_plan(config: Config, catalogue: Catalogue | None = None) -> dict[str, Any]:

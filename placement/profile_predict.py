@@ -18,9 +18,10 @@ from step3_hetero.model.config import ModelConfig
 from step3_hetero.model.image import ImageConfig
 from step3_hetero.placement.profile_file import Profile
 from step3_hetero.placement.profile_measure import STAGE_ROWS, stage_key
+from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.executor import Executor
-from step3_hetero.runtime.microbatch import BatchResult, Landed, MicroBatch, StageClock, Ticket
+from step3_hetero.runtime.microbatch import BatchResult, Landed, MicroBatch, Ticket
 from step3_hetero.runtime.placing import Placement
 from step3_hetero.runtime.prompting import Prompter
 from step3_hetero.runtime.request import Request, SamplingParams

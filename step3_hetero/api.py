@@ -28,6 +28,7 @@ from step3_hetero.runtime.resolving import (
     resolve,
     stage_devices,
 )
+from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.specs import TensorSource
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def load(
     observer: Observer | None = None,
     on_stage: OnStage | None = None,
     shadow_folder: str | Path | None = None,
+    timeline: Timeline | None = None,
     **overrides: Any,
 ) -> Engine:
     """Load a model as a config file says and return an engine ready to generate.
@@ -48,7 +50,8 @@ def load(
     ``overrides`` are config keys with two underscores for each dot: ``roles__f__backend="cpu"``.
     ``ablate`` zeroes a part (attention, experts or vision), to see what it is worth. ``on_stage``
     is called with each stage's name once it is loaded. ``shadow_folder`` is where the shadow check
-    puts excesses; ``shadow-excess`` beside the config unless given.
+    puts excesses; ``shadow-excess`` beside the config unless given. ``timeline`` takes what ran
+    when, in every role.
 
     Raises:
         ConfigError, BackendNotFound, UnsupportedOp, PlacementError, CheckpointError: what is wrong,
@@ -60,12 +63,12 @@ def load(
     resolved = resolve(read, checkpoint.config)
     runtime = resolved.config.runtime
     if runtime.processes == "per-role":
-        executor = _process_executor(resolved, ablate, observer, on_stage)
+        executor = _process_executor(resolved, ablate, observer, on_stage, timeline)
     else:
         source = Ablated(checkpoint, checkpoint.names(), ablate) if ablate else checkpoint
         shadow = _shadow(resolved, source, shadow_folder)
         observers = [o for o in (observer, shadow) if o is not None]
-        executor = _executor(resolved, source, observers, on_stage)
+        executor = _executor(resolved, source, observers, on_stage, timeline)
     return Engine(
         resolved.model,
         executor,
@@ -81,6 +84,7 @@ def _executor(
     source: TensorSource,
     observers: Sequence[Observer],
     on_stage: OnStage | None,
+    timeline: Timeline | None,
 ) -> Executor:
     placement = resolved.placement
     opened = open_devices(resolved)
@@ -92,11 +96,15 @@ def _executor(
         placement.kv_blocks,
         on_stage,
     )
-    return LocalExecutor(resolved.graph, stages, caches, placement.limits, observers)
+    return LocalExecutor(resolved.graph, stages, caches, placement.limits, observers, timeline)
 
 
 def _process_executor(
-    resolved: Resolved, ablate: str | None, observer: Observer | None, on_stage: OnStage | None
+    resolved: Resolved,
+    ablate: str | None,
+    observer: Observer | None,
+    on_stage: OnStage | None,
+    timeline: Timeline | None,
 ) -> Executor:
     """Start the roles' processes; what looks at stages from inside cannot follow them there."""
     from step3_hetero.afd.local import executor
@@ -107,7 +115,7 @@ def _process_executor(
         raise resolved.config.error(
             "runtime.shadow_backend", "is not available yet with runtime.processes: per-role"
         )
-    return executor(resolved, ablate, on_stage)
+    return executor(resolved, ablate, on_stage, timeline=timeline)
 
 
 def _shadow(

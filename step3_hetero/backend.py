@@ -192,7 +192,10 @@ class KVCache(ABC):
 
     @abstractmethod
     def write(self, k: Array, v: Array, batch: Any) -> None:
-        """Store k, v (tokens, kv_heads, head_dim) at the batch's slots; slot -1 writes nothing."""
+        """Store k, v (tokens, kv_heads, head_dim) at the batch's slots; slot -1 writes nothing.
+
+        Rounded to the cache's dtype: see ``CacheSpec``.
+        """
 
     @abstractmethod
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -200,7 +203,10 @@ class KVCache(ABC):
 
     @abstractmethod
     def read(self, blocks: Sequence[int]) -> tuple[HostArray, HostArray]:
-        """Return keys and values, each (blocks, 128, kv_heads, head_dim), on the host."""
+        """Return keys and values, each (blocks, 128, kv_heads, head_dim), on the host.
+
+        In the cache's dtype; of FP8 and INT8 code · scale, in float32.
+        """
 
 
 class Stage(ABC):

@@ -65,7 +65,10 @@ _OPS = (
     Op(
         "linear",
         "x (tokens, in), Weights[out, in] -> (tokens, out) out_dtype",
-        "x·Wᵀ (+ bias); block FP8 is data · scale_inv in float32. prepare takes one or several "
+        "x·Wᵀ (+ bias); block FP8 is data · scale_inv in float32. With weights asked for as int8 "
+        "every row of a matrix, and every row of x, which is finite, becomes codes with one "
+        "float32 scale, as quantise rounds a run; the codes' products are summed as integers, the "
+        "sum is multiplied by both scales in W. prepare takes one or several "
         "matrices, whose outputs stand side by side in the order given, and at most one bias. "
         "out_dtype (default T) is the dtype of the result: float32 for the router, whose logits "
         "are never rounded to T.",
@@ -86,7 +89,10 @@ _OPS = (
         "q (tokens, heads, head_dim), KVCache, batch -> (tokens, heads, head_dim) T",
         "softmax(scale · q·kᵀ)·v over the keys of the token's own sequence at its position and "
         "before. Query head h reads KV head h // (heads / kv_heads). Scores and sums are in W; the "
-        "probabilities may be rounded to T before the product with v. Padded rows give zeros. "
+        "probabilities may be rounded to T before the product with v, with the scales of an FP8 or "
+        "INT8 cache on them or not. Of such a cache keys and values are code · scale in float32, "
+        "never rounded to T: it is written as quantise rounds, one run and one scale a token and "
+        "KV head. Padded rows give zeros. "
         "Keys and values are finite: zero times infinity need not be zero.",
         ("scale",),
         dims=("heads", "kv_heads", "head_dim"),
@@ -118,7 +124,8 @@ _OPS = (
         "u (tokens, hidden), weights (tokens, top_k) T, ids (tokens, top_k) int32, Weights[gate, "
         "up (experts, inter, hidden), down (experts, hidden, inter)] -> (tokens, hidden) T",
         "Σ_j weights[j] · down_j(silu(gate_j·u) · up_j·u). The products with gate, up and down are "
-        "rounded to T as linear and swiglu do; the weighted sum is in W. Id -1 adds nothing.",
+        "rounded to T as linear and swiglu do; the weighted sum is in W. Id -1 adds nothing. "
+        "Weights asked for as int8 are multiplied as linear does.",
         prepared=True,
         dims=("experts", "top_k", "hidden", "inter"),
     ),

@@ -21,6 +21,12 @@ Scalar = int | float | bool | str
 FP8_BLOCK = 128
 """Rows and columns of one scale block in a block-FP8 checkpoint."""
 
+SCALED = ("float8_e4m3fn", "int8")
+"""Formats of numbers that stand beside a float32 scale."""
+
+INT8_OPS = ("linear", "experts")
+"""Ops whose weights may be asked for as int8."""
+
 LOGICAL_BLOCK = 128
 """Tokens in a logical KV block; a backend's physical block divides it."""
 
@@ -79,7 +85,9 @@ class OpSpec:
 
     ``dims`` holds upper bounds by dimension name, ``parameters`` the op's keyword arguments.
     ``weight_format`` is the dtype to which weights are rounded before use, ``auto`` (or None) none
-    but ``dtype``; how a device holds them beyond that is its own business.
+    but ``dtype``; how a device holds them beyond that is its own business. ``int8`` rounds weights
+    and activations alike: see op linear. ``kv_format`` is the
+    dtype of the KV cache that the op reads, None where it reads none.
     """
 
     op: str
@@ -96,7 +104,11 @@ class OpSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """The KV cache of one layer. ``blocks`` counts logical blocks of 128 tokens."""
+    """The KV cache of one layer. ``blocks`` counts logical blocks of 128 tokens.
+
+    ``dtype`` float8_e4m3fn or int8: every token's key, and its value, of each KV head is written as
+    op quantise rounds a run, with one float32 scale of its own. The other dtypes round to nearest.
+    """
 
     kv_heads: int
     head_dim: int
@@ -105,9 +117,15 @@ class CacheSpec:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of keys and values together."""
-        row = 2 * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
-        return self.blocks * LOGICAL_BLOCK * row
+        """Return the bytes of keys and values together, their scales included."""
+        head = self.head_dim * np.dtype(self.dtype).itemsize
+        head += np.dtype(np.float32).itemsize if self.scaled else 0
+        return self.blocks * LOGICAL_BLOCK * 2 * self.kv_heads * head
+
+    @property
+    def scaled(self) -> bool:
+        """Say whether a scale stands beside each token's key and value."""
+        return self.dtype in SCALED
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +151,7 @@ class EmbedSpec:
         """Return the ops this stage is made of, for ``Backend.supports``."""
         dims = {"vocab": self.vocab, "hidden": self.hidden}
         return (
-            OpSpec("embed", self.dtype, dims, weight_format=weight_format),
+            OpSpec("embed", self.dtype, dims, weight_format="auto"),
             OpSpec("merge_rows", self.dtype, {"hidden": self.hidden}),
             OpSpec("concat", self.dtype, {"n": self.hidden}),
         )
@@ -154,6 +172,7 @@ class AttentionSpec:
     """MFA, the norms around it and, in a MoE layer, the router. x, [y] -> x, u, [weights, ids].
 
     ``adds``: the stage first adds y, the FFN output of the layer before; the first layer has none.
+    ``kv_dtype`` is that of the cache, empty for ``dtype``.
     """
 
     kind: ClassVar[Literal["attention"]] = "attention"
@@ -169,6 +188,11 @@ class AttentionSpec:
     adds: bool
     router: RouterSpec | None = None
     batch_invariant: bool = False
+    kv_dtype: str = ""
+
+    def cache(self, blocks: int) -> CacheSpec:
+        """Return the cache of this layer with so many logical blocks."""
+        return CacheSpec(self.kv_heads, self.head_dim, blocks, self.kv_dtype or self.dtype)
 
     @property
     def scale(self) -> float:
@@ -183,6 +207,7 @@ class AttentionSpec:
     def ops(self, weight_format: str) -> tuple[OpSpec, ...]:
         """Return the ops this stage is made of, for ``Backend.supports``."""
         heads = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        held = self.kv_dtype or self.dtype
         shapes = [
             (self.hidden, sum(self.widths)),
             (self.q_rank, self.heads * self.head_dim),
@@ -192,7 +217,7 @@ class AttentionSpec:
         ops += [_linear(self.dtype, k, n, weight_format) for k, n in shapes]
         ops += [
             OpSpec("rope", self.dtype, heads, {"theta": self.theta}),
-            OpSpec("attention", self.dtype, heads, {"scale": self.scale}, kv_format=self.dtype),
+            OpSpec("attention", self.dtype, heads, {"scale": self.scale}, kv_format=held),
             OpSpec("add", self.dtype, {"hidden": self.hidden}),
         ]
         return (*ops, *self._router_ops())

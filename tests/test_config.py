@@ -171,8 +171,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
         ("dtype: fp32", "microbatches: 2",
          "run.yaml:11: runtime.microbatches: 2 refused; allowed: 1 with runtime.processes: one; "
          "set that to per-role"),
-        ("dtype: fp32", "kv_dtype: fp8",
-         "run.yaml:11: runtime.kv_dtype: 'fp8' is not available yet; use 'auto'"),
         ("dtype: fp32", "fallback: true",
          "run.yaml:11: runtime.fallback: true is not available yet; use false"),
         ("backend: cpu", "backend: cpu\n    instances: 2",
@@ -187,7 +185,8 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
         ("backend: cpu", "backend: cpu\n    hosts: [b]",
          "run.yaml:7: roles.a.hosts: a list is not available yet; leave it out"),
         ("backend: cpu", "backend: cpu\n    weights: fp8",
-         "run.yaml:7: roles.a.weights: 'fp8' is not available yet; use 'auto' or 'fp32' or 'bf16'"),
+         "run.yaml:7: roles.a.weights: 'fp8' is not available yet; use 'auto' or 'fp32' or 'bf16' "
+         "or 'int8'"),
         ("backend: cpu", "backend: cpu\n    emulate: h800",
          "run.yaml:7: roles.a.emulate: 'h800' is not available yet; leave it out"),
     ],

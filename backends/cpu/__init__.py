@@ -18,7 +18,7 @@ from step3_hetero.backend import (
 )
 from step3_hetero.errors import ConfigError, PlacementError
 from step3_hetero.ops import OPS
-from step3_hetero.specs import OpSpec
+from step3_hetero.specs import INT8_OPS, SCALED, OpSpec
 
 DTYPES = Dtypes(
     stored=("float32", "bfloat16", "float8_e4m3fn"),
@@ -29,6 +29,7 @@ DTYPES = Dtypes(
 OPTIONS = {"threads": "torch's number of threads, for the whole process (default: all cores)"}
 
 WEIGHT_FORMATS = {"auto", "float32", "bfloat16"}
+KV_FORMATS = (*DTYPES.computed, *SCALED)
 
 
 class CpuBackend(Backend):
@@ -68,9 +69,12 @@ class CpuBackend(Backend):
             return f"no kernel for {spec.op!r}"
         if spec.dtype not in DTYPES.computed:
             return f"no arithmetic in {spec.dtype}; computes in {', '.join(DTYPES.computed)}"
-        if spec.weight_format not in {None, *WEIGHT_FORMATS}:
-            allowed = ", ".join(sorted(WEIGHT_FORMATS))
+        held = {*WEIGHT_FORMATS, *(("int8",) if spec.op in INT8_OPS else ())}
+        if spec.weight_format not in {None, *held}:
+            allowed = ", ".join(sorted(held))
             return f"weights cannot be held as {spec.weight_format}; allowed: {allowed}"
+        if spec.kv_format not in {None, *KV_FORMATS}:
+            return f"no KV cache in {spec.kv_format}; allowed: {', '.join(KV_FORMATS)}"
         return None
 
     def reference_info(self, card: str | None) -> DeviceInfo:

@@ -16,6 +16,7 @@ from torch import Tensor
 from step3_hetero.backend import BatchMeta, KVCache
 from step3_hetero.backends.cpu.linear import native_bf16
 from step3_hetero.backends.cpu.rope import angles
+from step3_hetero.backends.cpu.rows import quantise_runs
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
 from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
 
@@ -100,39 +101,68 @@ def _group(meta: BatchMeta, seqs: HostArray) -> Group:
 
 
 class CpuCache(KVCache):
-    """Keys and values by slot: two tensors (slots, kv_heads, head_dim)."""
+    """Keys and values by slot: two tensors (slots, kv_heads, head_dim).
+
+    Of FP8 and INT8 they hold codes, and scales (slots, kv_heads) stand beside them.
+    """
 
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
         self.nbytes = spec.nbytes
         shape = (spec.blocks * LOGICAL_BLOCK, spec.kv_heads, spec.head_dim)
         self.k, self.v = _lazy_zeros(shape, spec.dtype), _lazy_zeros(shape, spec.dtype)
+        beside = shape[:2] if spec.scaled else (0, 0)  # a scale of 0 too makes a number of 0
+        self.k_scale, self.v_scale = (_lazy_zeros(beside, "float32") for _ in "kv")
 
     def write(self, k: Tensor, v: Tensor, batch: Batch) -> None:
-        """Store each row at its slot."""
+        """Store each row at its slot, quantised as the cache is."""
         if batch.kept is not None:
             k, v = k.index_select(0, batch.kept), v.index_select(0, batch.kept)
-        self.k.index_copy_(0, batch.slots, k)
-        self.v.index_copy_(0, batch.slots, v)
+        for x, stored, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if self.spec.scaled:
+                x, scale = quantise_runs(x, self.spec.dtype)
+                scales.index_copy_(0, batch.slots, scale)
+            _bytes(stored).index_copy_(0, batch.slots, _bytes(x.to(stored.dtype)))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy one block after another."""
+        """Copy one block after another, scales along with their codes."""
+        scales = (self.k_scale, self.v_scale) if self.spec.scaled else ()
         for source, target in pairs:
-            for stored in (self.k, self.v):
+            for stored in (self.k, self.v, *scales):
                 blocked = _blocked(stored)
                 blocked[target] = blocked[source]
 
     def read(self, blocks: Sequence[int]) -> tuple[HostArray, HostArray]:
-        """Return copies of whole blocks."""
+        """Return copies of whole blocks; of FP8 and INT8 code · scale in float32."""
         chosen = torch.tensor(list(blocks), dtype=torch.long)
-        return to_host(_blocked(self.k)[chosen]), to_host(_blocked(self.v)[chosen])
+        k, v = self.numbers("k", chosen), self.numbers("v", chosen)
+        return to_host(k), to_host(v)
+
+    def numbers(self, which: str, blocks: Tensor, keys: int = LOGICAL_BLOCK) -> Tensor:
+        """Return the first ``keys`` rows of blocks (n,) of the keys, or values, as numbers.
+
+        Shapes: -> (n, keys, kv_heads, head_dim) in the cache's dtype, float32 for FP8 and INT8.
+        """
+        stored: Tensor = getattr(self, which)
+        found = _blocked(_bytes(stored))[:, :keys].index_select(0, blocks).view(stored.dtype)
+        if not self.spec.scaled:
+            return found
+        scales: Tensor = getattr(self, f"{which}_scale")
+        return found.float() * _blocked(scales)[:, :keys].index_select(0, blocks)[..., None]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
     """Return zeros whose pages the system hands out at first use: torch.zeros would touch them."""
     target = TORCH_DTYPE[dtype]
+    if 0 in shape:
+        return torch.zeros(shape, dtype=target)
     size = int(np.prod(shape)) * target.itemsize
     return to_torch(np.zeros(size, np.uint8)).view(target).view(shape)
+
+
+def _bytes(stored: Tensor) -> Tensor:
+    """Return FP8 codes as the bytes they are: torch has no indexing for float8; others as given."""
+    return stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored
 
 
 def _blocked(stored: Tensor) -> Tensor:
@@ -152,7 +182,8 @@ def _attend(q: Tensor, cache: CpuCache, batch: Batch, number: int, scale: float)
     group = batch.groups[number]
     seqs, queries = group.positions.shape
     heads, head_dim = q.shape[1:]
-    compute = q.dtype if q.dtype != torch.bfloat16 or native_bf16() else torch.float32
+    native = native_bf16() and not cache.spec.scaled  # code · scale is not rounded to bfloat16
+    compute = q.dtype if q.dtype != torch.bfloat16 or native else torch.float32
     rows = q.to(compute)
     rows = (rows * scale if compute == torch.float32 else rows).view(seqs, queries, heads, head_dim)
     step = max(1, SCORES_AT_ONCE // (seqs * heads * min(group.context, KEYS_AT_ONCE)))
@@ -200,20 +231,19 @@ def _keys(
     """Return keys and values start..stop of each sequence, (seqs · kv_heads, keys, head_dim)."""
     first, last = start // LOGICAL_BLOCK, -(-stop // LOGICAL_BLOCK)
     blocks = group.blocks[:, first:last]
-    return _gather(cache.k, blocks, stop - start, dtype), _gather(
-        cache.v, blocks, stop - start, dtype
-    )
+    k, v = (_gather(cache, which, blocks, stop - start, dtype) for which in "kv")
+    return k, v
 
 
-def _gather(stored: Tensor, blocks: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
-    seqs = blocks.shape[0]
+def _gather(cache: CpuCache, which: str, blocks: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    seqs, head_dim = blocks.shape[0], cache.spec.head_dim
     if blocks.shape[1] == 1:
-        found = _blocked(stored)[:, :keys].index_select(0, blocks[:, 0])
+        found = cache.numbers(which, blocks[:, 0], keys)
     else:
-        found = _blocked(stored).index_select(0, blocks.flatten())
-        found = found.view(seqs, -1, *stored.shape[1:])[:, :keys]
+        found = cache.numbers(which, blocks.flatten())
+        found = found.view(seqs, -1, cache.spec.kv_heads, head_dim)[:, :keys]
     found = found.to(dtype).transpose(1, 2)  # (seqs, kv_heads, keys, head_dim)
-    return found.reshape(-1, keys, stored.shape[-1]).contiguous()
+    return found.reshape(-1, keys, head_dim).contiguous()
 
 
 def _hide(scores: Tensor, v: Tensor, hidden: Tensor) -> None:

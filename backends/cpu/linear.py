@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step3_hetero.backend import Weights
+from step3_hetero.backends.cpu.rows import quantise_runs
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
 from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.specs import HostTensor, OpSpec
@@ -51,11 +52,42 @@ class Matrix:
         return y
 
 
+class IntegerMatrix:
+    """One matrix as int8 codes (out, in) with a float32 scale for each output, and its bias.
+
+    ``error`` and ``size`` are the squared error of code · scale against ``weight`` (out, in) in
+    float32, and that weight's squared size.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.codes, self.scale = quantise_runs(weight, "int8")
+        self.bias = None if bias is None else bias.float()
+        self.nbytes = self.codes.nbytes + self.scale.nbytes + (0 if bias is None else bias.nbytes)
+        wide = weight.double()
+        self.error = float((self.codes * self.scale[:, None].double() - wide).square().sum())
+        self.size = float(wide.square().sum())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply rows rounded to int8, each with a scale of its own; the result is float32."""
+        codes, row_scale = quantise_runs(x, "int8")
+        summed: Tensor = torch._int_mm(codes, self.codes.t())
+        y = summed.float() * row_scale[:, None] * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def int8_method(matrices: Sequence[IntegerMatrix], tensors: Mapping[str, HostTensor]) -> str:
+    """Say how tensors are held, and how far from the checkpoint's own."""
+    stored = ", ".join(sorted({t.dtype.name for t in tensors.values()}))
+    size = sum(m.size for m in matrices)
+    error = sum(m.error for m in matrices) / size if size else 0.0
+    return f"int8 per output row from {stored}, squared relative error {error:.1e}"
+
+
 @dataclass
 class LinearWeights(Weights):
     """One matrix, several of the checkpoint's side by side."""
 
-    matrix: Matrix
+    matrix: Matrix | IntegerMatrix
     dtype: torch.dtype
     source: Mapping[str, HostTensor]
     method: str
@@ -74,6 +106,9 @@ def prepare_linear(tensors: Mapping[str, HostTensor], spec: OpSpec) -> LinearWei
     dtype = TORCH_DTYPE[str(spec.parameters.get("out_dtype", spec.dtype))]
     bias = dense(tensors["bias"], dtype) if "bias" in tensors else None
     matrices = [t for n, t in tensors.items() if n != "bias"]
+    if spec.weight_format == "int8":
+        whole = IntegerMatrix(joined(matrices, torch.float32, None), bias)
+        return LinearWeights(whole, dtype, tensors, int8_method([whole], tensors), whole.nbytes)
     matrix = Matrix(joined(matrices, dtype, spec.weight_format), bias, dtype)
     method = f"oneDNN-packed {str(matrix.dtype).removeprefix('torch.')}"
     return LinearWeights(matrix, dtype, tensors, method, matrix.nbytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step3_hetero.backend import Weights
-from step3_hetero.backends.cpu.linear import Matrix, joined
+from step3_hetero.backends.cpu.linear import IntegerMatrix, Matrix, int8_method, joined
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
 from step3_hetero.backends.torch_common.weights import part
 from step3_hetero.specs import HostTensor, OpSpec
@@ -35,8 +35,8 @@ def route(logits: Tensor, *, top_k: int, renormalise: bool) -> tuple[Tensor, Ten
 class ExpertWeights(Weights):
     """For each expert gate and up side by side, and down."""
 
-    gate_up: list[Matrix]
-    down: list[Matrix]
+    gate_up: Sequence[Matrix | IntegerMatrix]
+    down: Sequence[Matrix | IntegerMatrix]
     dtype: torch.dtype
     source: Mapping[str, HostTensor]
     method: str
@@ -53,12 +53,26 @@ def prepare_experts(tensors: Mapping[str, HostTensor], spec: OpSpec) -> ExpertWe
     target, held = TORCH_DTYPE[spec.dtype], spec.weight_format
     gate, up, down = (tensors[name] for name in ("gate", "up", "down"))
     numbers = range(gate.shape[0])
+    if held == "int8":
+        return _prepare_int8(tensors, target)
     both = [
         Matrix(joined([part(gate, e), part(up, e)], target, held), None, target) for e in numbers
     ]
     back = [Matrix(joined([part(down, e)], target, held), None, target) for e in numbers]
     nbytes = sum(m.nbytes for m in (*both, *back))
     method = f"oneDNN-packed {str(both[0].dtype).removeprefix('torch.')}, expert by expert"
+    return ExpertWeights(both, back, target, tensors, method, nbytes)
+
+
+def _prepare_int8(tensors: Mapping[str, HostTensor], target: torch.dtype) -> ExpertWeights:
+    gate, up, down = (tensors[name] for name in ("gate", "up", "down"))
+    both, back = [], []
+    for e in range(gate.shape[0]):
+        halves = [part(gate, e), part(up, e)]
+        both.append(IntegerMatrix(joined(halves, torch.float32, None), None))
+        back.append(IntegerMatrix(joined([part(down, e)], torch.float32, None), None))
+    every = [*both, *back]
+    method, nbytes = int8_method(every, tensors), sum(m.nbytes for m in every)
     return ExpertWeights(both, back, target, tensors, method, nbytes)
 
 

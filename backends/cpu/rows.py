@@ -38,9 +38,16 @@ def quantise(x: Tensor, *, dtype: str) -> tuple[Tensor, Tensor]:
     tokens, n = x.shape
     runs = -(-n // FP8_BLOCK)
     split = F.pad(x.float(), (0, runs * FP8_BLOCK - n)).view(tokens, runs, FP8_BLOCK)
-    scale = split.abs().amax(-1) / LARGEST[dtype]
+    q, scale = quantise_runs(split, dtype)
+    return q.view(tokens, runs * FP8_BLOCK)[:, :n], scale
+
+
+def quantise_runs(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """See ``reference.quant.quantise_runs``: codes (..., n) and scales (...,) of x (..., n)."""
+    single = x.float()
+    scale = single.abs().amax(-1) / LARGEST[dtype]
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    q = (split / scale[..., None]).view(tokens, runs * FP8_BLOCK)[:, :n]
+    q = single / scale[..., None]
     return (q.round() if dtype == "int8" else q).to(TORCH_DTYPE[dtype]), scale
 
 

@@ -63,7 +63,8 @@ class LinearWeights(Weights):
 
 def stays_fp8(tensors: Sequence[HostTensor], spec: OpSpec) -> bool:
     """Say whether weights are multiplied as stored: block FP8, not to be rounded to a dtype."""
-    return spec.weight_format in (None, "auto") and all(t.scale_inv is not None for t in tensors)
+    stored = all(t.scale_inv is not None and t.dtype.name == "float8_e4m3fn" for t in tensors)
+    return spec.weight_format in (None, "auto") and stored
 
 
 def codes_of(tensor: HostTensor, device: torch.device) -> Codes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from step3_hetero.backend import NO_OPTIONS, Backend, Device, DeviceInfo, check_options
 from step3_hetero.errors import ConfigError, PlacementError
-from step3_hetero.specs import OpSpec
+from step3_hetero.specs import INT8_OPS, SCALED, OpSpec
 
 SUMMATION = ("blocked", "in-order")
 
@@ -54,9 +54,12 @@ class ReferenceBackend(Backend):
             return f"no kernel for {spec.op!r}"
         if spec.dtype not in DTYPES.computed:
             return f"no arithmetic in {spec.dtype}; computes in {', '.join(DTYPES.computed)}"
-        if spec.weight_format not in {None, "auto", *DTYPES.computed}:
-            allowed = ", ".join(("auto", *DTYPES.computed))
-            return f"weights cannot be held as {spec.weight_format}; allowed: {allowed}"
+        held = ("auto", *DTYPES.computed, *(("int8",) if spec.op in INT8_OPS else ()))
+        if spec.weight_format not in {None, *held}:
+            return f"weights cannot be held as {spec.weight_format}; allowed: {', '.join(held)}"
+        if spec.kv_format not in {None, *DTYPES.computed, *SCALED}:
+            allowed = ", ".join((*DTYPES.computed, *SCALED))
+            return f"no KV cache in {spec.kv_format}; allowed: {allowed}"
         return None
 
     def reference_info(self, card: str | None) -> DeviceInfo:

@@ -9,6 +9,7 @@ import numpy as np
 
 from step3_hetero.backend import BatchMeta, KVCache
 from step3_hetero.backends.reference.arrays import Float, Int32, dtype_of, product, total, widen
+from step3_hetero.backends.reference.quant import quantise_runs
 from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
 
 
@@ -25,7 +26,11 @@ class Batch:
 
 
 class ReferenceCache(KVCache):
-    """Keys and values by slot: two arrays (slots, kv_heads, head_dim)."""
+    """Keys and values by slot: two arrays (slots, kv_heads, head_dim).
+
+    Of FP8 and INT8 these hold codes, and beside them stand scales (slots, kv_heads) float32, one
+    for each token's key, and value, of a KV head: what is stored is code · scale in float32.
+    """
 
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
@@ -33,27 +38,43 @@ class ReferenceCache(KVCache):
         shape = (spec.blocks * LOGICAL_BLOCK, spec.kv_heads, spec.head_dim)
         self.k: Float = np.zeros(shape, dtype_of(spec.dtype))
         self.v: Float = np.zeros(shape, dtype_of(spec.dtype))
+        self.k_scale: Float = np.ones(shape[:2] if spec.scaled else (0, 0), np.float32)
+        self.v_scale: Float = np.ones(self.k_scale.shape, np.float32)
 
     def write(self, k: Float, v: Float, batch: Batch) -> None:
-        """Store each row at its slot."""
+        """Store each row at its slot, quantised as the cache is."""
         kept = batch.meta.slots >= 0
         slots = batch.meta.slots[kept]
-        self.k[slots], self.v[slots] = k[kept], v[kept]
+        if not self.spec.scaled:
+            self.k[slots], self.v[slots] = k[kept], v[kept]
+            return
+        self.k[slots], self.k_scale[slots] = quantise_runs(k[kept], self.spec.dtype)
+        self.v[slots], self.v_scale[slots] = quantise_runs(v[kept], self.spec.dtype)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy one block after another."""
+        """Copy one block after another, scales along with their codes."""
+        scales = (self.k_scale, self.v_scale) if self.spec.scaled else ()
         for source, target in pairs:
-            for stored in (self._blocked(self.k), self._blocked(self.v)):
-                stored[target] = stored[source]
+            for stored in (self.k, self.v, *scales):
+                blocked = self._blocked(stored)
+                blocked[target] = blocked[source]
 
     def read(self, blocks: Sequence[int]) -> tuple[HostArray, HostArray]:
-        """Return copies of whole blocks."""
+        """Return copies of whole blocks; of FP8 and INT8 code · scale in float32."""
         chosen = np.asarray(blocks, np.intp)
-        return self._blocked(self.k)[chosen], self._blocked(self.v)[chosen]
+        return self._numbers(self.k, self.k_scale, chosen), self._numbers(
+            self.v, self.v_scale, chosen
+        )
+
+    def _numbers(self, stored: Float, scale: Float, blocks: HostArray) -> Float:
+        found: Float = self._blocked(stored)[blocks]
+        if self.spec.scaled:
+            found = found.astype(np.float32) * self._blocked(scale)[blocks][..., None]
+        return found
 
     def gather(self, blocks: Int32, length: int) -> tuple[Float, Float]:
         """Return a sequence's first keys and values, each (length, kv_heads, head_dim)."""
-        k, v = (self._blocked(stored)[blocks] for stored in (self.k, self.v))
+        k, v = self.read(blocks.tolist())
         flat = (-1, self.spec.kv_heads, self.spec.head_dim)
         return k.reshape(flat)[:length], v.reshape(flat)[:length]
 
@@ -107,8 +128,9 @@ def attend(q: Float, k: Float, v: Float, visible: HostArray, scale: float) -> Fl
     group = q.shape[1] // k.shape[1]
     out = np.zeros(q.shape, q.dtype)
     for head in range(q.shape[1]):
-        keys, values = widen(k[:, head // group]), widen(v[:, head // group])
-        scores = product(widen(q[:, head]), keys.T) * keys.dtype.type(scale)  # (queries, keys)
+        rows = widen(q[:, head])
+        keys, values = (x[:, head // group].astype(rows.dtype, copy=False) for x in (k, v))
+        scores = product(rows, keys.T) * rows.dtype.type(scale)  # (queries, keys)
         p = softmax(np.where(visible, scores, -np.inf))
         out[:, head] = product(p, values).astype(q.dtype)
     return out

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from step3_hetero.backends.reference.arrays import Float, Int32, product, widen
+from step3_hetero.backends.reference.arrays import Float, Int32, widen
 from step3_hetero.backends.reference.attention import softmax
-from step3_hetero.backends.reference.linear import ReferenceWeights
+from step3_hetero.backends.reference.linear import ReferenceWeights, multiply
 
 
 def swiglu(gate_up: Float) -> Float:
@@ -68,14 +68,12 @@ def experts(u: Float, weights: Float, ids: Int32, stack: ReferenceWeights) -> Fl
 
     Source: Step-3 paper, section 4; modeling_step3.py, MoELinear.
     """
-    gate, up, down = (stack.parts[name] for name in ("gate", "up", "down"))
     chosen: Float = np.zeros((*ids.shape, u.shape[-1]), u.dtype)
     for expert in np.unique(ids[ids >= 0]).tolist():
         tokens, column = np.nonzero(ids == expert)
-        rows = widen(u[tokens])
-        both = [product(rows, part[expert].T) for part in (gate, up)]
+        both = [multiply(u[tokens], stack, name, expert) for name in ("gate", "up")]
         inner = swiglu(np.concatenate(both, axis=-1).astype(u.dtype))
-        chosen[tokens, column] = product(widen(inner), down[expert].T).astype(u.dtype)
+        chosen[tokens, column] = multiply(inner, stack, "down", expert).astype(u.dtype)
     total: Float = np.zeros(u.shape, widen(u[:0]).dtype)
     for place in range(ids.shape[1]):
         total = total + widen(chosen[:, place]) * widen(weights[:, place, None])

@@ -46,10 +46,23 @@ def quantise(x: Float, *, dtype: str) -> tuple[Float, Float]:
     runs = -(-n // FP8_BLOCK)
     padded = np.zeros((tokens, runs * FP8_BLOCK), np.float32)
     padded[:, :n] = widen(x)
-    split = padded.reshape(tokens, runs, FP8_BLOCK)
-    scale = np.abs(split).max(axis=-1, initial=0) / np.float32(LARGEST[dtype])
+    q, scale = quantise_runs(padded.reshape(tokens, runs, FP8_BLOCK), dtype)
+    return q.reshape(padded.shape)[:, :n], scale
+
+
+def quantise_runs(x: Float, dtype: str) -> tuple[Float, Float]:
+    """Quantise each row of the last axis with a scale of its own, in float32.
+
+    Shapes: x (..., n) -> codes (..., n), scale (...,) float32.
+
+    >>> codes, scale = quantise_runs(np.array([[2.0, -4.0], [0.0, 0.0]]), "float8_e4m3fn")
+    >>> codes.astype(float).tolist(), scale.round(4).tolist()
+    ([[224.0, -448.0], [0.0, 0.0]], [0.008899999782443047, 1.0])
+    """
+    single = x.astype(np.float32)
+    scale = np.abs(single).max(axis=-1, initial=0) / np.float32(LARGEST[dtype])
     scale = np.where(scale < SMALLEST_SCALE, np.float32(1), scale)
-    q = (split / scale[..., None]).reshape(padded.shape)[:, :n]
+    q = single / scale[..., None]
     rounded = np.rint(q) if dtype == "int8" else q
     return rounded.astype(dtype_of(dtype)), scale
 

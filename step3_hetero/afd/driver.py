@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from step3_hetero.afd.link import Link, Message, ready
-from step3_hetero.afd.messages import Kind, batch_of, result_parcel
+from step3_hetero.afd.messages import Kind, batch_of, result_parcel, total_bytes
 from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array, KVCache
 from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
+from step3_hetero.runtime.clocks import WAIT
 from step3_hetero.runtime.microbatch import BatchResult
 from step3_hetero.runtime.program import Call, Pass, Program
+from step3_hetero.runtime.timeline import SEND, TAKE, spans_of
 
 TICK_S = 0.05
 """How often silence is looked for while nothing comes."""
@@ -27,6 +30,7 @@ class Underway:
     ticket: int
     passing: Pass
     call: Call
+    since_s: float
 
 
 class Driver:
@@ -40,7 +44,10 @@ class Driver:
         remotes: Mapping[str, Remote],
         a2f: Wire,
         f2a: Wire,
+        number: int = 0,
     ) -> None:
+        self._number = number
+        self._role = role_of["embed"]
         self._program = program
         self._caches = caches
         self._role_of = role_of
@@ -55,7 +62,7 @@ class Driver:
         """Serve until the front says stop or is gone."""
         while True:
             links = [link for remote in self._remotes.values() for link in remote.links]
-            for link in ready([front, *links], TICK_S):
+            for link in self._awaited([front, *links]):
                 if link is front:
                     if not self._from_front(front):
                         return
@@ -66,6 +73,14 @@ class Driver:
             for role, remote in self._remotes.items():
                 for number in remote.lost():
                     front.send(Kind.LOST, said={"role": role, "instance": number})
+
+    def _awaited(self, links: Sequence[Link]) -> list[Link]:
+        """Wait until something comes; while micro-batches are under way that is idle time."""
+        start = time.monotonic()
+        found = ready(links, TICK_S)
+        if self._underway:
+            self._program.clock.add(self._role, WAIT, time.monotonic() - start)
+        return found
 
     def _from_front(self, front: Link) -> bool:
         """Read one message of the front; say whether to go on."""
@@ -78,6 +93,7 @@ class Driver:
                 return False
             case Kind.BATCH:
                 batch = batch_of(message.said, message.arrays)
+                self._work_on(message.seq)
                 self._advance(front, message.seq, self._program.run(batch), None)
             case Kind.FORGET:
                 self._program.forget_image(int(message.said["key"]))
@@ -94,17 +110,42 @@ class Driver:
         remote = next((r for r in self._remotes.values() if link in r.links), None)
         if remote is None:  # dropped while an earlier link was read
             return
+        start = time.monotonic()
         try:
-            self._answers.extend(remote.read(link))
+            for answer in remote.read(link):
+                self._answers.append(answer)
+                self._note_answer(remote.role, link, answer, start)
         except Step3HeteroError as error:
             front.send(Kind.FAILED, said={"why": f"{link.name}: {error}"})
 
+    def _note_answer(self, role: str, link: Link, answer: Message, start_s: float) -> None:
+        """Count what an answer's way took at both of its ends."""
+        clock, timeline = self._program.clock, self._program.timeline
+        waiting, end = self._underway[answer.seq], time.monotonic()
+        node, size = waiting.call.node, total_bytes(answer.arrays)
+        clock.add(self._role, f"{TAKE} from {role}", end - start_s)
+        clock.add(role, f"{node.kind} round trip", end - waiting.since_s)
+        told = {node.kind: "seconds", TAKE: "taken_s", SEND: "sent_s", WAIT: "waited_s"}
+        for kind, key in told.items():
+            clock.add(role, kind, float(answer.said.get(key, 0.0)), size * (kind == SEND))
+        if timeline is not None:
+            self._work_on(waiting.ticket)
+            timeline.add(TAKE, node.name, start_s, end, size, self._call_number(answer.seq) + 1)
+            timeline.extend(spans_of(answer.said.get("spans", ()), -link.ahead_s))
+
+    def _work_on(self, ticket: int) -> None:
+        if self._program.timeline is not None:
+            self._program.timeline.batch = ticket
+
+    def _call_number(self, seq: int) -> int:
+        """Return a number for the way there, one more for the way back; no instance shares one."""
+        return 2 * (seq << 16 | self._number)
+
     def _resume(self, front: Link, answer: Message) -> None:
         waiting = self._underway.pop(answer.seq)
+        self._work_on(waiting.ticket)
         gives = {t.name: t for t in waiting.call.node.gives}
         outputs = self._f2a.to_device(self._program.home, answer.arrays, gives)
-        key = (self._role_of[waiting.call.node.name], f"{waiting.call.node.kind} away")
-        self._program.clock.add(*key, float(answer.said.get("seconds", 0.0)))
         self._advance(front, waiting.ticket, waiting.passing, outputs)
 
     def _advance(
@@ -116,12 +157,20 @@ class Driver:
         except StopIteration as done:
             self._finish(front, ticket, done.value)
             return
-        seq = next(self._numbers)
-        self._underway[seq] = Underway(ticket, passing, call)
+        seq, start = next(self._numbers), time.monotonic()
+        self._underway[seq] = Underway(ticket, passing, call, start)
         arrays = self._a2f.to_host(self._program.home, call.inputs)
-        self._remotes[self._role_of[call.node.name]].call(seq, {"stage": call.node.name}, arrays)
+        role, number = self._role_of[call.node.name], self._call_number(seq)
+        said = {"stage": call.node.name, "batch": ticket, "call": number}
+        self._remotes[role].call(seq, said, arrays)
+        end, size = time.monotonic(), total_bytes(arrays)
+        self._program.clock.add(self._role, f"{SEND} to {role}", end - start, size)
+        if self._program.timeline is not None:
+            self._program.timeline.add(SEND, call.node.name, start, end, size, number)
 
     def _finish(self, front: Link, ticket: int, result: BatchResult) -> None:
         said, arrays = result_parcel(result)
-        said["times"] = self._program.clock.to_json()
+        said["times"] = self._program.clock.to_wire()
+        if self._program.timeline is not None:
+            said["spans"] = self._program.timeline.drain()
         front.send(Kind.RESULT, ticket, said, arrays)

@@ -16,8 +16,10 @@ from step3_hetero.afd.launch import RoleProcess
 from step3_hetero.afd.link import Heart, Link, Message, ready
 from step3_hetero.afd.messages import Kind, batch_parcel, result_of
 from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
+from step3_hetero.runtime.clocks import StageClock, sum_of
 from step3_hetero.runtime.executor import Executor
-from step3_hetero.runtime.microbatch import Landed, MicroBatch, StageClock, Ticket
+from step3_hetero.runtime.microbatch import Landed, MicroBatch, Ticket
+from step3_hetero.runtime.timeline import Timeline, spans_of
 from step3_hetero.specs import Limits
 
 GONE = (RoleLost, TransportTimeout)
@@ -82,7 +84,9 @@ class ProcessExecutor(Executor):
         microbatches: int,
         deadline_s: float,
         on_ready: OnReady | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
+        self.timeline = timeline
         self.limits = limits
         self.kv_blocks = kv_blocks
         self.clock = StageClock()
@@ -98,7 +102,7 @@ class ProcessExecutor(Executor):
         self._leading = [s for s in self._seats if s.member.leads]
         self._flying: dict[int, int] = {}
         self._landed: deque[Landed] = deque()
-        self._times: dict[str, StageClock] = {}
+        self.clocks: dict[str, StageClock] = {}
         self._submitted = 0
         try:
             for seat in self._seats:
@@ -207,9 +211,11 @@ class ProcessExecutor(Executor):
             return  # it is dying; its end is seen next
         seat.address = str(json.loads(line)["address"])
         seat.link = self._connect(seat.member.name, seat.address)
+        asked = time.monotonic()
         seat.link.send(Kind.HELLO, said={"contract": dict(self._contract), "from": "the front"})
         agreed = seat.link.wants(Kind.AGREED, START_S)
         agree(self._contract, agreed.said["contract"], "the front", seat.member.name)
+        seat.link.compare_clocks(asked, float(agreed.said.get("now", asked)))
         seat.link.send(Kind.LOAD)
         self._heart.watch(seat.link)
 
@@ -259,22 +265,12 @@ class ProcessExecutor(Executor):
                 other.deaths = 0
         if self._flying.pop(message.seq, None) is None:
             return
-        times = StageClock()
-        for entry in message.said.get("times", ()):
-            key = (str(entry["role"]), str(entry["stage"]))
-            times.seconds[key], times.calls[key] = float(entry["seconds"]), int(entry["calls"])
-        self._times[seat.member.name] = times
-        self._sum_times()
+        self.clocks[seat.member.name] = StageClock.of_wire(message.said.get("times", ()))
+        self.clock = sum_of(self.clocks)
+        if self.timeline is not None and seat.link is not None:
+            self.timeline.extend(spans_of(message.said.get("spans", ()), -seat.link.ahead_s))
         result = result_of(message.said, message.arrays)
         self._landed.append(Landed(Ticket(message.seq), result))
-
-    def _sum_times(self) -> None:
-        """Add the clocks of all instances; each sends its own, whole."""
-        self.clock.seconds, self.clock.calls = {}, {}
-        for times in self._times.values():
-            for key, seconds in times.seconds.items():
-                self.clock.seconds[key] = self.clock.seconds.get(key, 0.0) + seconds
-                self.clock.calls[key] = self.clock.calls.get(key, 0) + times.calls[key]
 
     def _is_silent(self, seat: Seat) -> bool:
         if seat.link is None or not seat.is_ready:

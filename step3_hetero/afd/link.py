@@ -38,13 +38,17 @@ class Message:
 
 
 class Link:
-    """One peer. Any thread may send; one receives."""
+    """One peer. Any thread may send; one receives.
+
+    ``ahead_s`` is by how much the peer's clock shows more than ours, where that is known.
+    """
 
     def __init__(self, channel: Channel, name: str) -> None:
         self.channel = channel
         self.name = name
         self.last_seen = time.monotonic()
         self.closed = False
+        self.ahead_s = 0.0
         self._sending = threading.Lock()
 
     def fileno(self) -> int:
@@ -96,6 +100,15 @@ class Link:
             if message.kind != kind:
                 raise EdgeMismatch(f"{self.name} said {message.kind}, expected {kind.name.lower()}")
             return message
+
+    def compare_clocks(self, asked_s: float, theirs_s: float) -> None:
+        """Take in the peer's clock, read between ``asked_s`` of ours and now.
+
+        A difference that the way there and back explains is none: one machine has one clock.
+        """
+        now = time.monotonic()
+        ahead, unsure = theirs_s - (asked_s + now) / 2, (now - asked_s) / 2
+        self.ahead_s = 0.0 if abs(ahead) <= unsure else ahead
 
     def silent_s(self) -> float:
         """Return the seconds since the last sign of life."""

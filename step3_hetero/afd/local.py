@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from step3_hetero.afd.contract import edge_contract, part_bytes
@@ -28,6 +28,7 @@ from step3_hetero.runtime.resolving import (
     resolve,
     stage_devices,
 )
+from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.specs import TensorSource
 from step3_hetero.transport.base import FrameLimits
 from step3_hetero.transport.registry import get_transport
@@ -40,16 +41,16 @@ class Given:
     values: Mapping[str, Any]
     folder: str
     ablate: str | None = None
+    traced: bool = False
 
     def line(self) -> str:
         """Return the line."""
-        return json.dumps({"values": self.values, "folder": self.folder, "ablate": self.ablate})
+        return json.dumps(asdict(self))
 
     @classmethod
     def read(cls, line: str) -> Given:
         """Read the line."""
-        said = json.loads(line)
-        return cls(said["values"], said["folder"], said["ablate"])
+        return cls(**json.loads(line))
 
 
 def executor(
@@ -57,6 +58,7 @@ def executor(
     ablate: str | None = None,
     on_ready: OnReady | None = None,
     on_line: OnLine | None = None,
+    timeline: Timeline | None = None,
 ) -> ProcessExecutor:
     """Start every role of a config in processes of their own and wait until they are ready.
 
@@ -66,7 +68,8 @@ def executor(
     """
     config, placement = resolved.config, resolved.placement
     every = members(config, placement)
-    given = Given(config.values(), str(config.folder), ablate).line()
+    traced = timeline is not None
+    given = Given(config.values(), str(config.folder), ablate, traced).line()
     transport = get_transport(config.transport.kind)
     allowed, key = frame_limits(resolved), shared_key(config)
 
@@ -89,6 +92,7 @@ def executor(
         config.runtime.microbatches,
         config.transport.deadline_s,
         on_ready,
+        timeline,
     )
 
 
@@ -100,6 +104,7 @@ def serve_role(
     report: Callable[[str], None],
     *,
     ablate: str | None = None,
+    traced: bool = False,
 ) -> None:
     """Be one instance of a role until the front says stop. ``report`` is told where it listens.
 
@@ -134,6 +139,7 @@ def serve_role(
         a2f=Wire.of(config.transport.a2f_dtype),
         f2a=Wire.of(config.transport.f2a_dtype),
         key=shared_key(config),
+        traced=traced,
     )
     listener = transport.listen(address, settings.limits, settings.key)
     report(listener.address)

@@ -23,6 +23,11 @@ Arrays = dict[str, HostArray]
 Said = dict[str, Any]
 
 
+def total_bytes(arrays: Mapping[str, HostArray]) -> int:
+    """Return the bytes of all arrays together."""
+    return sum(x.nbytes for x in arrays.values())
+
+
 class Kind(IntEnum):
     """The kinds of frames, with who sends them."""
 

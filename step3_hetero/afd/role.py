@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ from step3_hetero.afd.worker import Worker
 from step3_hetero.backend import KVCache
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.graph import StageGraph
+from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
-from step3_hetero.runtime.microbatch import StageClock
 from step3_hetero.runtime.program import Program
+from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.transport.base import CorruptFrame, FrameLimits, Listener, Transport
 
 GREETING_S = 10.0
@@ -47,11 +49,16 @@ class RoleProcessSettings:
     a2f: Wire
     f2a: Wire
     key: bytes | None = None
+    traced: bool = False
 
     @property
     def label(self) -> str:
         """Return ``f:0``."""
         return f"{self.name}:{self.number}"
+
+    def timeline(self) -> Timeline | None:
+        """Return what takes the spans of this process, if they are wanted."""
+        return Timeline(self.label) if self.traced else None
 
 
 def serve(settings: RoleProcessSettings, listener: Listener, load: Load) -> None:
@@ -88,7 +95,7 @@ def _agree(settings: RoleProcessSettings, link: Link) -> None:
     except EdgeMismatch as mismatch:
         link.send(Kind.REFUSED, said={"why": str(mismatch)})
         raise
-    link.send(Kind.AGREED, said={"contract": dict(settings.contract)})
+    link.send(Kind.AGREED, said={"contract": dict(settings.contract), "now": time.monotonic()})
 
 
 def _lead(
@@ -104,18 +111,22 @@ def _lead(
         )
         link = Link(channel, name)
         hello = {"contract": dict(settings.contract), "from": settings.label}
+        asked = time.monotonic()
         link.send(Kind.HELLO, said=hello)
         agreed = link.wants(Kind.AGREED, settings.deadline_s)
         agree(settings.contract, agreed.said["contract"], settings.label, name)
+        link.compare_clocks(asked, float(agreed.said.get("now", asked)))
         heart.watch(link)
         return link
 
-    program = Program(settings.graph, stages, StageClock())
+    program = Program(settings.graph, stages, StageClock(), timeline=settings.timeline())
     elsewhere = sorted(set(settings.role_of.values()) - {settings.name})
     remotes = {
         role: Remote(role, settings.number, connect, settings.deadline_s) for role in elsewhere
     }
-    driver = Driver(program, caches, settings.role_of, remotes, settings.a2f, settings.f2a)
+    driver = Driver(
+        program, caches, settings.role_of, remotes, settings.a2f, settings.f2a, settings.number
+    )
     driver.serve(front)
     for remote in remotes.values():
         remote.close()
@@ -137,4 +148,5 @@ def _work(
         heart.watch(link)
         return link
 
-    Worker(stages, settings.a2f, settings.f2a, settings.tokens).serve(front, listener, greet)
+    worker = Worker(stages, settings.a2f, settings.f2a, settings.tokens, settings.timeline())
+    worker.serve(front, listener, greet)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 
 from step3_hetero.afd.link import Link, Message, ready
-from step3_hetero.afd.messages import Arrays, Kind, Said, rows_only
+from step3_hetero.afd.messages import Kind, Said, rows_only, total_bytes
 from step3_hetero.afd.wire import Wire
+from step3_hetero.backend import Array
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.runtime.executor import LoadedStage
-from step3_hetero.runtime.microbatch import StageClock
+from step3_hetero.runtime.timeline import SEND, TAKE, Timeline
 from step3_hetero.specs import HostArray, TensorSpec
 from step3_hetero.transport.base import CorruptFrame, Listener
 
@@ -33,9 +34,16 @@ class Worker:
     """Answers calls of any number of attention instances until the front says stop or is gone."""
 
     def __init__(
-        self, stages: Mapping[str, LoadedStage], a2f: Wire, f2a: Wire, tokens: int
+        self,
+        stages: Mapping[str, LoadedStage],
+        a2f: Wire,
+        f2a: Wire,
+        tokens: int,
+        timeline: Timeline | None = None,
     ) -> None:
-        self.clock = StageClock()
+        self._timeline = timeline
+        self._idle_since: float | None = None
+        self._sent_s = 0.0
         self._stages = stages
         self._a2f = a2f
         self._f2a = f2a
@@ -66,36 +74,64 @@ class Worker:
     def _from_caller(self, link: Link) -> bool:
         """Read and answer one message; say whether the caller is still there."""
         try:
+            start = time.monotonic()
             message = link.receive(1.0)
             if message.kind == Kind.CALL:
-                try:
-                    said, arrays = self._answer(message)
-                except Step3HeteroError as error:
-                    link.send(Kind.FAILED, message.seq, {"why": str(error)})
-                    return True
-                link.send(Kind.ANSWER, message.seq, said, arrays, epoch=message.epoch)
+                self._called(link, message, start)
         except CorruptFrame:
             link.send(Kind.AGAIN)
         except (RoleLost, TransportTimeout):
             return False
         return True
 
-    def _answer(self, message: Message) -> tuple[Said, Arrays]:
+    def _called(self, link: Link, message: Message, start_s: float) -> None:
+        """Answer a call, and tell how long it was waited for, taken in, run, and sent before.
+
+        How long the sending of an answer took is told with the next one.
+        """
+        waited_s = 0.0 if self._idle_since is None else start_s - self._idle_since
+        call = int(message.said.get("call", 0))
+        if self._timeline is not None:
+            self._timeline.batch = int(message.said.get("batch", 0))
+        try:
+            run = self._answer(message, start_s, call)
+        except Step3HeteroError as error:
+            link.send(Kind.FAILED, message.seq, {"why": str(error)})
+            return
+        loaded, outputs, said = run
+        said |= {"waited_s": waited_s, "sent_s": self._sent_s}
+        if self._timeline is not None:
+            said["spans"] = self._timeline.drain()
+        start = time.monotonic()
+        arrays = self._f2a.to_host(loaded.device, outputs)
+        link.send(Kind.ANSWER, message.seq, said, arrays, epoch=message.epoch)
+        self._idle_since = end = time.monotonic()
+        self._sent_s = end - start
+        if self._timeline is not None:
+            self._timeline.add(
+                SEND, loaded.node.name, start, end, total_bytes(arrays), call + 1 if call else 0
+            )
+
+    def _answer(
+        self, message: Message, start_s: float, call: int
+    ) -> tuple[LoadedStage, Mapping[str, Array], Said]:
         name = str(message.said.get("stage"))
         loaded = self._stages.get(name)
         if loaded is None:
             raise EdgeMismatch(f"asked for {name!r}; here: {', '.join(self._stages)}")
-        start = time.perf_counter()
         device, takes = loaded.device, taken(loaded)
         rows = self._checked(loaded, message.arrays, takes)
         inputs = self._a2f.to_device(device, message.arrays, takes)
         if loaded.node.kind != "vision":
             loaded.stage.plan(rows_only(rows))
+        start = time.monotonic()
         outputs = loaded.stage.run(inputs)
-        sent = self._f2a.to_host(device, outputs)
-        seconds = time.perf_counter() - start
-        self.clock.add(loaded.role, loaded.node.kind, seconds)
-        return {"seconds": seconds}, sent
+        end = time.monotonic()
+        if self._timeline is not None:
+            size = total_bytes(message.arrays)
+            self._timeline.add(TAKE, name, start_s, start, size, call)
+            self._timeline.add(loaded.node.kind, name, start, end)
+        return loaded, outputs, {"seconds": end - start, "taken_s": start - start_s}
 
     def _checked(
         self, loaded: LoadedStage, arrays: Mapping[str, HostArray], takes: Mapping[str, TensorSpec]

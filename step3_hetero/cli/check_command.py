@@ -53,6 +53,9 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
     _print_roles(report)
     _print_crossing(report)
     click.echo(f"KV cache: {report['kv_blocks']} blocks of 128 tokens in every layer")
+    for said in map(_requantised, report["roles"]):
+        if said:
+            click.echo(f"note: {said}")
     for said in report["overfull"]:
         click.echo(f"note: does not fit: {said}")
     if here:
@@ -68,6 +71,16 @@ def _show_plan(report: dict[str, Any], as_json: bool) -> None:
     _print_crossing(report)
     for said in report["not_run_yet"]:
         click.echo(f"note: a plan, which this build cannot run: {said}")
+
+
+def _requantised(role: dict[str, Any]) -> str:
+    """Say what a role's backend requantises at load; empty if nothing."""
+    if not (made := role["requantised"]):
+        return ""
+    return (
+        f"role {role['role']}: {role['backend']} requantises {made['tensors']} tensors of the "
+        f"checkpoint to {made['to']}, {human_bytes(made['bytes'])}: {made['method']}"
+    )
 
 
 def _print_roles(report: dict[str, Any]) -> None:

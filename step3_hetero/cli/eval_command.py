@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from step3_hetero.cli.loading import load_engine
 from step3_hetero.cli.options import (
     config_argument,
     json_option,
@@ -13,6 +12,7 @@ from step3_hetero.cli.options import (
     progress,
     set_option,
 )
+from step3_hetero.cli.seeing import Seeing, seeing_options, seen_engine
 
 EPILOG = """\b
 Examples:
@@ -35,10 +35,16 @@ def command() -> None:
     type=click.Choice(["attention", "experts", "vision"]),
     help="Zero a part first, to see what it is worth (experts: routed and shared).",
 )
+@seeing_options
 @set_option
 @json_option
 def digits(
-    config: str, limit: int | None, ablate: str | None, overrides: tuple[str, ...], as_json: bool
+    config: str,
+    limit: int | None,
+    ablate: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    seeing: Seeing,
 ) -> None:
     """Ask about held-out handwritten digits: which digit, and the sum of two."""
     from step3_hetero.config import Config
@@ -46,7 +52,7 @@ def digits(
     from step3_hetero.runtime.resolving import checkpoint_folder
 
     held = HeldOut.read(checkpoint_folder(Config.read(config, overrides)))
-    with load_engine(config, overrides, ablate=ablate) as engine:
+    with seen_engine(config, overrides, seeing, ablate=ablate) as engine:
         with progress("answering, tokens") as advance:
             scores = evaluate(engine, held, limit=limit, on_progress=advance)
         placement = engine.placement.to_json()

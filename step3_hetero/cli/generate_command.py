@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from step3_hetero.cli.loading import load_engine
 from step3_hetero.cli.options import (
     Advance,
     config_argument,
@@ -20,6 +19,7 @@ from step3_hetero.cli.options import (
     progress,
     set_option,
 )
+from step3_hetero.cli.seeing import Seeing, seeing_options, seen_engine
 from step3_hetero.errors import RequestError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ Examples:
       --prompt "what is the sum ?" --logprobs 3 --json
   step3-hetero generate run.yaml --prompt-ids 1,2,3 --max-tokens 16 --temperature 0.8 --seed 7
   step3-hetero generate run.yaml --prompt-ids 1,2,3 --set roles.f.backend=cpu
+  step3-hetero generate run.yaml --prompt-ids 1,2,3 --timings --trace trace.json
 """
 
 
@@ -54,6 +55,7 @@ Examples:
 @click.option("--stop", multiple=True, help="End before this text. May be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on at the model's own end.")
 @click.option("--logprobs", type=int, metavar="K", help="Report log-probabilities, with K others.")
+@seeing_options
 @set_option
 @json_option
 def command(
@@ -63,6 +65,7 @@ def command(
     images: tuple[str, ...],
     overrides: tuple[str, ...],
     as_json: bool,
+    seeing: Seeing,
     **sampling: Any,
 ) -> None:
     """Answer one prompt, with images if there are any."""
@@ -71,7 +74,7 @@ def command(
 
     question = _question(prompt, prompt_ids)
     params = SamplingParams(**sampling)
-    with load_engine(config, overrides) as engine:
+    with seen_engine(config, overrides, seeing) as engine:
         with progress("generating, tokens", quiet=not as_json and sys.stdout.isatty()) as advance:
             counter = _Counter(None if as_json else _show, advance, params.max_tokens)
             done = engine.generate(

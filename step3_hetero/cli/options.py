@@ -42,7 +42,9 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], *, stderr: bool = False
+) -> None:
     """Print a table to the terminal's width; piped, every row is one line, however long."""
     from rich import box
     from rich.console import Console
@@ -53,9 +55,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
-    console = Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False, stderr=stderr)
     if not console.is_terminal:
-        console = Console(width=PIPED_WIDTH, markup=False, emoji=False)
+        console = Console(width=PIPED_WIDTH, markup=False, emoji=False, stderr=stderr)
     console.print(table, crop=False)
 
 

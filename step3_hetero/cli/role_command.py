@@ -41,11 +41,11 @@ def command(
     from step3_hetero.afd.local import Given, serve_role
     from step3_hetero.config import Config
 
-    ablate = None
+    ablate, traced = None, False
     if config == "-":  # started by a front, on whose life this process hangs
         given = Given.read(sys.stdin.readline())
         read = Config.from_dict(given.values, given.folder)
-        ablate = given.ablate
+        ablate, traced = given.ablate, given.traced
         end_with(sys.stdin)
     else:
         read = Config.read(config, overrides)
@@ -57,4 +57,4 @@ def command(
         with os.fdopen(report, "w") as pipe:
             pipe.write(json.dumps({"address": where}) + "\n")
 
-    serve_role(read, name, number, address, tell, ablate=ablate)
+    serve_role(read, name, number, address, tell, ablate=ablate, traced=traced)

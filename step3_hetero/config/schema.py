@@ -132,7 +132,10 @@ class Role(_Section):
     spares: Annotated[int, Field(ge=0), _later(0)] = 0
     hosts: Annotated[tuple[Name, ...] | None, Field(strict=False), _later(None)] = None
     weights: Literal["auto", "fp32", "bf16", "fp8", "int8"] = "auto"
-    """The format in device memory; auto keeps `runtime.dtype`."""
+    """The format in device memory of the matrices in attention and FFN; auto keeps `runtime.dtype`.
+
+    int8: codes with a float32 scale for each output row, made at load from what is stored.
+    """
     emulate: Annotated[Name | None, _later(None)] = None
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed on to the backend, which checks them."""
@@ -158,6 +161,7 @@ class Runtime(_Section):
     max_batch: Count = 64
     """Sequences in one step."""
     kv_dtype: Literal["auto", "bf16", "fp8", "int8"] = "auto"
+    """Of the KV cache; auto is ``dtype``. fp8 and int8 have a scale for each token and KV head."""
     kv_blocks: Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)] = "auto"
     """Logical blocks of 128 tokens; auto fills the memory that the weights leave."""
     prefill_chunk: Count = 512
@@ -182,13 +186,12 @@ class Transport(_Section):
 ROLE_READY: Mapping[str, tuple[object, ...]] = {
     "tp": (1,),
     "ep": (1,),
-    "weights": ("auto", "fp32", "bf16"),
+    "weights": ("auto", "fp32", "bf16", "int8"),
 }
 """What this build runs, of keys whose other values only a plan may hold."""
 
 RUNTIME_READY: Mapping[str, tuple[object, ...]] = {
     "microbatches": (1, 2, 3, 4),
-    "kv_dtype": ("auto",),
 }
 
 

@@ -126,7 +126,7 @@ def trace(spec: StageSpec, weights: Prepared, run: StageRun) -> list[OpCall]:
     """Run a stage composed of the reference's kernels in its own dtype; return its op calls."""
     device = reference()
     before = _erased(run.history, run.meta)
-    cache = cache_of(device, replace(run, history=before), spec.dtype)
+    cache = cache_of(device, replace(run, history=before), spec, spec.dtype)
     stage = reference_stage(device, spec, spec.dtype, weights, cache)
     assert isinstance(stage.stage, ComposedStage)
     tracer = _Tracer(device, stage.stage.w)
@@ -191,7 +191,7 @@ def try_ops(
     figures = []
     for call in trace(spec, weights, run):
         try:
-            got = _call(call, suspect, suspects_weights, run.meta, spec.dtype)
+            got = _call(call, suspect, suspects_weights, run.meta, spec, spec.dtype)
         except UnsupportedOp:
             continue
         expected = _expected(call, spec, weights, run.meta)
@@ -216,7 +216,7 @@ def _expected(call: OpCall, spec: StageSpec, weights: Prepared, meta: BatchMeta 
                           (reference("in-order"), spec.dtype)):  # fmt: skip
         stage = reference_stage(device, spec, dtype, weights, _no_cache(spec, device))
         assert isinstance(stage.stage, ComposedStage)
-        results.append(_call(call, device, stage.stage.w, meta, dtype))
+        results.append(_call(call, device, stage.stage.w, meta, spec, dtype))
     want = {n: widened(x) for n, x in results[0].items()}
     rounded = (results[1], results[2])
     if "ids" not in want:
@@ -242,18 +242,21 @@ def _no_cache(spec: StageSpec, device: Device) -> Any:
     """Return something for a stage to be built with whose ops are called one at a time."""
     if spec.kind != "attention":
         return None
-    from step3_hetero.specs import CacheSpec
-
-    return device.open_cache(CacheSpec(spec.kv_heads, spec.head_dim, 0, spec.dtype))
+    return device.open_cache(spec.cache(0))
 
 
 def _call(
-    call: OpCall, device: Device, weights: Prepared, meta: BatchMeta | None, dtype: str
+    call: OpCall,
+    device: Device,
+    weights: Prepared,
+    meta: BatchMeta | None,
+    spec: StageSpec,
+    dtype: str,
 ) -> Results:
     """Call one op on a device; return its results by name, on the host."""
     cache = None
     if call.history is not None:
-        cache = cache_of(device, StageRun(meta, {}, call.history), dtype)
+        cache = cache_of(device, StageRun(meta, {}, call.history), spec, dtype)
     batch = None if meta is None else device.batch(meta)
     given = {"cache": cache, "batch": batch}
 

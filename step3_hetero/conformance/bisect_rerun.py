@@ -54,7 +54,7 @@ def rerun(subject: Subject, replay: Replay) -> ReplayReport:
     role, device, weight_format = subject.devices[node.name]
     own = stage_weights(reference(), node, subject.source, weight_format)
     weights = stage_weights(device, node, subject.source, weight_format)
-    cache = cache_of(device, replay.run, node.spec.dtype)
+    cache = cache_of(device, replay.run, node.spec, node.spec.dtype)
     stage = device.build(node.spec, weights, cache, _limits(replay.run.meta))
     again = HostStage(device, stage, cache).outcome(replay.run.meta, replay.run.inputs).results
     with np.errstate(all="ignore"):

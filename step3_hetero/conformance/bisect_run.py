@@ -28,11 +28,12 @@ from step3_hetero.conformance.tolerance import row_nmse
 from step3_hetero.conformance.trial import Results, reference
 from step3_hetero.graph import GraphStage
 from step3_hetero.model.config import ModelConfig
+from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.engine import Progress
 from step3_hetero.runtime.executor import Executor, LoadedStage
 from step3_hetero.runtime.loader import open_cache, stage_weights
 from step3_hetero.runtime.local import LocalExecutor
-from step3_hetero.runtime.microbatch import Landed, MicroBatch, StageClock, Ticket
+from step3_hetero.runtime.microbatch import Landed, MicroBatch, Ticket
 from step3_hetero.runtime.placing import Placement
 from step3_hetero.runtime.prompting import Prompter
 from step3_hetero.specs import HostArray, TensorSource

@@ -19,7 +19,14 @@ from step3_hetero.conformance.forms import fill_cache
 from step3_hetero.conformance.routing import RouteSpy, margins, near_ties
 from step3_hetero.conformance.tolerance import Bool, Float64
 from step3_hetero.conformance.trial import Results, host_results, reference
-from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, EmbedSpec, HostArray, StageSpec
+from step3_hetero.specs import (
+    LOGICAL_BLOCK,
+    SCALED,
+    AttentionSpec,
+    EmbedSpec,
+    HostArray,
+    StageSpec,
+)
 
 Prepared = Mapping[str, Weights | Array]
 
@@ -155,18 +162,23 @@ def expect_run(spec: StageSpec, weights: Prepared, run: StageRun) -> Expected:
     for device, dtype in ((reference(), "float64"), (reference(), spec.dtype),
                           (reference("in-order"), spec.dtype)):  # fmt: skip
         with RouteSpy(device) as spy:
-            stage = reference_stage(device, spec, dtype, weights, cache_of(device, run, dtype))
+            cache = cache_of(device, run, spec, dtype)
+            stage = reference_stage(device, spec, dtype, weights, cache)
             found = stage.outcome(run.meta, run.inputs)
         outcomes.append(Outcome(found.results, joined_logits(spy.logits)))
     return expect(spec, *outcomes)
 
 
-def cache_of(device: Device, run: StageRun, dtype: str) -> KVCache | None:
-    """Open a cache that holds a run's blocks."""
+def cache_of(device: Device, run: StageRun, spec: StageSpec, dtype: str) -> KVCache | None:
+    """Open a cache that holds a run's blocks, in ``dtype`` unless the stage asks for another.
+
+    Codes of a cache that is FP8 or INT8 are the same again; a scale may differ by its last bit.
+    """
     if run.history is None:
         return None
-    k, v = (rounded_to(x, dtype) for x in run.history)
-    return fill_cache(device, k, v, dtype)
+    own = spec.kv_dtype if isinstance(spec, AttentionSpec) else ""
+    k, v = run.history if own in SCALED else (rounded_to(x, own or dtype) for x in run.history)
+    return fill_cache(device, k, v, own or dtype)
 
 
 def joined_logits(seen: Sequence[HostArray]) -> HostArray | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from step3_hetero.conformance.bisect_stage import Expected, Prepared, StageRun, expect_run
-from step3_hetero.conformance.tolerance import FACTOR, ROUNDOFF, Float64, finite_pattern, judge
+from step3_hetero.conformance.routing import weights_slack
+from step3_hetero.conformance.tolerance import FACTOR, Float64, finite_pattern, judge
 from step3_hetero.conformance.trial import Results
 from step3_hetero.specs import HostArray, StageSpec
 
@@ -127,17 +128,10 @@ def _reals(
 
 
 def _logit_slack(expected: Expected, name: str, keep: HostArray, own: HostArray) -> Float64:
-    """Return what else a row of routing weights may err by; zero for other outputs.
-
-    A probability p_i changes by p_i · (δl_i - Σ p·δl): at most twice the largest error of a logit,
-    relative to itself. A row holds top_k weights only, too few to tell their error by themselves.
-    """
-    shape = own.shape[:-1]
+    """Return what else a row of routing weights may err by; zero for other outputs."""
     if name != "weights" or expected.logit_error is None:
-        return np.zeros(shape)
-    error = np.maximum(expected.logit_error, expected.logit_error.mean())[keep]
-    slack: Float64 = FACTOR * (2 * error + ROUNDOFF[own.dtype.name]) ** 2
-    return slack
+        return np.zeros(own.shape[:-1])
+    return weights_slack(expected.logit_error, own.dtype.name)[keep]
 
 
 def _beyond(

@@ -24,7 +24,8 @@ class Case:
 
     ``dims`` are sizes by name (a tuple where each sequence has its own), ``draw`` names the
     distribution of the inputs, ``stored`` the dtype in which weights lie in the checkpoint and
-    ``held`` that to which they are rounded before use. A quick run leaves out what is ``full``.
+    ``held`` that to which they are rounded before use; ``kv`` is the dtype of a cache, empty for
+    the case's own. A quick run leaves out what is ``full``.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Case:
     stored: str = ""
     held: str = ""
     full: bool = False
+    kv: str = ""
 
     @property
     def id(self) -> str:
@@ -47,6 +49,7 @@ class Case:
         said += [f"{name}={value}" for name, value in self.parameters.items()]
         said += [f"stored={self.stored}"] if self.stored else []
         said += [f"held={self.held}"] if self.held else []
+        said += [f"kv={self.kv}"] if self.kv else []
         said += [self.dtype] + ([self.draw] if self.draw != "normal" else [])
         return f"{self.op}[{','.join(said)}]"
 
@@ -79,7 +82,7 @@ class Case:
         parameters = dict(self.parameters)
         if self.op == "linear":
             parameters.setdefault("out_dtype", self.dtype)
-        kv = self.dtype if self.op in ("attention", "kv_cache") else None
+        kv = (self.kv or self.dtype) if self.op in ("attention", "kv_cache") else None
         op = "attention" if self.op == "kv_cache" else self.op
         if self.op == "kv_cache":
             dims, parameters = {"heads": self.size("kv_heads"), **dims}, {"scale": 1.0}
@@ -104,6 +107,7 @@ def op(
     stored: str = "",
     held: str = "",
     full: bool = False,
+    kv: str = "",
     dtypes: tuple[str, ...] = DTYPES,
     **parameters: Scalar,
 ) -> Iterator[Case]:
@@ -113,7 +117,7 @@ def op(
     ['float32', 'bfloat16']
     """
     for dtype in dtypes:
-        yield Case(name, dtype, dims, parameters, draw, stored, held, full)
+        yield Case(name, dtype, dims, parameters, draw, stored, held, full, kv)
 
 
 @dataclass(frozen=True)

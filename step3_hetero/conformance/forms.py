@@ -58,14 +58,14 @@ def place(device: Device, case: Case, inputs: Inputs, dtype: str) -> Placed:
         )
     if inputs.history is not None:
         k, v = inputs.history
-        placed.cache = fill_cache(device, k, v, dtype)
+        placed.cache = fill_cache(device, k, v, case.kv or dtype)
     if inputs.meta is not None:
         placed.batch = device.batch(inputs.meta)
     return placed
 
 
 def fill_cache(device: Device, k: HostArray, v: HostArray, dtype: str) -> KVCache:
-    """Open a cache that holds keys and values (blocks, 128, kv_heads, head_dim)."""
+    """Open a cache in ``dtype`` that holds keys and values (blocks, 128, kv_heads, head_dim)."""
     blocks, _, kv_heads, head_dim = k.shape
     cache = device.open_cache(CacheSpec(kv_heads, head_dim, blocks, dtype))
     keys, values = (device.from_host(x.reshape(-1, kv_heads, head_dim)) for x in (k, v))
@@ -215,8 +215,9 @@ def draw_cache(case: Case, rng: Rng) -> Inputs:
     slots[::4] = -1
     ends = np.array([0, tokens], np.int32)
     meta = type(meta)(np.arange(tokens, dtype=np.int32), slots, ends, ends[1:], meta.block_tables)
+    drawn = DRAWS[case.draw]
     history = tuple(normal_of(rng, (blocks, 128, kv, d), case.dtype) for _ in range(2))
-    new = {n: normal_of(rng, (tokens, kv, d), case.dtype) for n in ("k", "v")}
+    new = {n: drawn(rng, (tokens, kv, d)).astype(dtype_of(case.dtype)) for n in ("k", "v")}
     return Inputs(new, {}, (history[0], history[1]), meta)
 
 

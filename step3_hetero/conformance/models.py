@@ -90,9 +90,13 @@ MODELS: Mapping[str, Callable[[], ModelConfig]] = MappingProxyType(
 
 
 @cache
-def graph_of(model: str, dtype: str, *, batch_invariant: bool = False) -> StageGraph:
+def graph_of(
+    model: str, dtype: str, *, batch_invariant: bool = False, kv_dtype: str = ""
+) -> StageGraph:
     """Return the stage graph of a model in ``dtype``."""
-    return build_graph(MODELS[model](), dtype=dtype, batch_invariant=batch_invariant)
+    return build_graph(
+        MODELS[model](), dtype=dtype, batch_invariant=batch_invariant, kv_dtype=kv_dtype
+    )
 
 
 class Drawn:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from step3_hetero.backend import Device
-from step3_hetero.conformance.tolerance import FACTOR, Bool
+from step3_hetero.conformance.tolerance import FACTOR, ROUNDOFF, Bool, Float64
 from step3_hetero.specs import HostArray
 
 
@@ -49,6 +49,24 @@ def near_ties(exact: HostArray, rounded: HostArray, top_k: int) -> Bool:
     allowed = np.sqrt(FACTOR) * np.maximum(error, error.mean())
     near: Bool = margins(exact, top_k) <= 2 * allowed
     return near
+
+
+def weights_slack(logit_error: HostArray, dtype: str) -> Float64:
+    """Return what a row of routing weights in ``dtype`` may err by whatever its own error is.
+
+    Shapes: logit_error (tokens,), the reference's largest in each row -> (tokens,), squared and
+    relative. A probability p_i changes by p_i · (δl_i - Σ p·δl): at most twice the largest error of
+    a logit, relative to itself. A row holds top_k weights only, too few to tell their error by
+    themselves.
+
+    >>> weights_slack(np.array([0.0, 0.0]), "float32") == 4 * 2.0**-48
+    array([ True,  True])
+    """
+    if len(logit_error) == 0:
+        return np.zeros(0)
+    error = np.maximum(logit_error, logit_error.mean())
+    slack: Float64 = FACTOR * (2 * error + ROUNDOFF[dtype]) ** 2
+    return slack
 
 
 def margins(logits: HostArray, top_k: int) -> HostArray:

@@ -168,7 +168,7 @@ class ShadowCheck:
     def _on_peer(self, node: GraphStage, weights: Prepared, run: StageRun) -> Results:
         peer = self._peer
         assert peer is not None
-        cache = cache_of(peer, run, node.spec.dtype)
+        cache = cache_of(peer, run, node.spec, node.spec.dtype)
         meta = run.meta
         limits = Limits(1, 1, 1)
         if meta is not None:

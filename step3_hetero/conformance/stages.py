@@ -11,11 +11,12 @@ import numpy as np
 from step3_hetero.backend import Array, BatchMeta, Device, KVCache, Stage, Weights
 from step3_hetero.composed import compose
 from step3_hetero.conformance.case import Inputs, seeded
+from step3_hetero.conformance.codes import Writes, turn_codes
 from step3_hetero.conformance.draws import dtype_of, lay_out
 from step3_hetero.conformance.forms import fill_cache
 from step3_hetero.conformance.last import Last
 from step3_hetero.conformance.models import Drawn, graph_of
-from step3_hetero.conformance.routing import RouteSpy, near_ties
+from step3_hetero.conformance.routing import RouteSpy, near_ties, weights_slack
 from step3_hetero.conformance.trial import Expected, judge_run, reference
 from step3_hetero.graph import GraphStage
 from step3_hetero.runtime.loader import stage_weights
@@ -32,7 +33,8 @@ class StageCase:
     """One stage, or the two of a layer, over one batch.
 
     ``kind`` is a stage's, or ``layer``: attention and FFN after each other. Sequence s adds
-    queries[s] tokens to reach contexts[s]; a vision case has ``images`` of ``side`` pixels.
+    queries[s] tokens to reach contexts[s]; a vision case has ``images`` of ``side`` pixels. ``kv``
+    is the dtype of the cache, empty for the case's own.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class StageCase:
     images: int = 0
     side: int = 0
     full: bool = False
+    kv: str = ""
 
     @property
     def id(self) -> str:
@@ -54,6 +57,7 @@ class StageCase:
         if self.kind == "vision":
             said = f"images={self.images},side={self.side}"
         stored = f",stored={self.stored}" if self.stored else ""
+        stored += f",kv={self.kv}" if self.kv else ""
         return f"{self.op}[{self.model}{layer},{said}{stored},{self.dtype}]"
 
     def __str__(self) -> str:
@@ -81,7 +85,7 @@ class StageCase:
 
     def nodes(self, dtype: str, *, batch_invariant: bool = False) -> list[GraphStage]:
         """Return the stages to run, in order."""
-        graph = graph_of(self.model, dtype, batch_invariant=batch_invariant)
+        graph = graph_of(self.model, dtype, batch_invariant=batch_invariant, kv_dtype=self.kv)
         names = {"attention": [f"attention[{self.layer}]"], "ffn": [f"ffn[{self.layer}]"],
                  "layer": [f"attention[{self.layer}]", f"ffn[{self.layer}]"]}  # fmt: skip
         return [graph.by_name[n] for n in names.get(self.kind, [self.kind])]
@@ -140,7 +144,9 @@ class StageCase:
         batch_invariant: bool = False,
     ) -> PlacedStage:
         """Load the stages on a device: as it builds them, or composed of its kernels."""
-        cache = None if inputs.history is None else fill_cache(device, *inputs.history, dtype)
+        cache = None
+        if inputs.history is not None:
+            cache = fill_cache(device, *inputs.history, self.kv or dtype)
         stages = []
         weights = self._weights(device, dtype)
         for node in self.nodes(dtype, batch_invariant=batch_invariant):
@@ -189,19 +195,27 @@ class StageCase:
     def expect(self, inputs: Inputs) -> Expected:
         """Let the reference judge, noting where rounding may change the routing."""
         with RouteSpy(reference()) as spy:
-            want, cache_want = judge_run(self, spy.device, inputs.widened(), "float64")
+            writes = Writes(spy.device)
+            want, cache_want = judge_run(self, writes.device, inputs.widened(), "float64")
             exact = spy.logits
+        own_writes = Writes(reference())
+        own, cache = judge_run(self, own_writes.device, inputs, self.dtype)
         with RouteSpy(reference("in-order")) as spy:
+            if self.kv not in ("", self.dtype):
+                turn_codes(spy.device, writes.seen, own_writes.seen)
             ordered, cache_ordered = judge_run(self, spy.device, inputs, self.dtype)
             rounded = spy.logits
-        own, cache = judge_run(self, reference(), inputs, self.dtype)
-        near = {}
+        near, slack = {}, {}
         if exact:
             top_k = want["ids"].shape[1]
-            rows = near_ties(np.concatenate(exact), np.concatenate(rounded), top_k)
+            logits, own_logits = np.concatenate(exact), np.concatenate(rounded)
+            rows = near_ties(logits, own_logits, top_k)
             names = ["weights", "ids"] + (["y"] if self.kind == "layer" else [])
             near = dict.fromkeys(names, rows)
-        return Expected(want, (own, ordered), cache_want, (cache, cache_ordered), near)
+            error = np.abs(own_logits - logits).max(-1, initial=0)
+            slack = {"weights": weights_slack(error, own["weights"].dtype.name)}
+        runs, caches = (own, ordered), (cache, cache_ordered)
+        return Expected(want, runs, cache_want, caches, near, slack)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -80,7 +80,8 @@ class Expected:
     order. Likewise ``cache_want`` and ``cache_rounded``, the keys and values afterwards, each
     (blocks, 128, kv_heads, head_dim); empty without a cache.
     ``near`` marks, for an output that depends on routing, the rows whose experts rounding may
-    change.
+    change; ``slack`` is what a row of an output may err by, squared and relative, if that is more
+    than its bound.
     """
 
     want: Results
@@ -88,6 +89,7 @@ class Expected:
     cache_want: Results = field(default_factory=dict)
     cache_rounded: tuple[Results, Results] = ({}, {})
     near: Mapping[str, Bool] = field(default_factory=dict)
+    slack: Results = field(default_factory=dict)
 
     @property
     def own(self) -> Results:
@@ -102,7 +104,17 @@ class Expected:
     def judged(self, name: str, got: HostArray, keep: HostArray | None = None) -> Judged:
         """Hold one output (its rows ``keep``) against the exact one."""
         rows = slice(None) if keep is None else keep
-        return judge(got[rows], self.want[name][rows], [r[name][rows] for r in self.rounded])
+        want = self.want[name][rows]
+        found = judge(got[rows], want, [r[name][rows] for r in self.rounded])
+        if name not in self.slack:
+            return found
+        slack = self.slack[name][rows]
+        elements = np.sqrt(slack)[..., None] * np.abs(want)
+        return replace(
+            found,
+            row_bound=np.maximum(found.row_bound, slack),
+            element_bound=np.maximum(found.element_bound, elements),
+        )
 
     def cache_judged(self, name: str, got: HostArray, written: HostArray) -> Judged:
         """Hold the written rows of the keys or the values against the exact ones."""

@@ -38,7 +38,7 @@ LARGEST_BYTES = 4 << 30
 KEPT_BYTES = 64 << 10
 """An input no larger than this is kept by value; a larger one by its seed and digest."""
 
-PARTS = ("want", "rounded0", "rounded1", "cache_want", "cache0", "cache1", "near", "got")
+PARTS = ("want", "rounded0", "rounded1", "cache_want", "cache0", "cache1", "near", "slack", "got")
 """What is kept of a case: the exact results, the reference's own, the recording device's."""
 
 NO_DIGEST = "0" * 64
@@ -186,7 +186,7 @@ def apart(result: CaseResult, recorded: Recorded) -> float:
 def _parts(expected: Expected, got: Results) -> dict[str, HostArray]:
     groups: Sequence[Mapping[str, HostArray]] = (
         expected.want, *expected.rounded, expected.cache_want, *expected.cache_rounded,
-        expected.near, got,
+        expected.near, expected.slack, got,
     )  # fmt: skip
     return {f"{part}.{n}": x for part, group in zip(PARTS, groups, strict=True)
             for n, x in group.items()}  # fmt: skip
@@ -201,7 +201,7 @@ def _recorded(entry: Mapping[str, Any], arrays: Mapping[str, HostArray], numpy: 
     g = groups
     expected = Expected(
         g["want"], (g["rounded0"], g["rounded1"]), g["cache_want"], (g["cache0"], g["cache1"]),
-        g["near"],
+        g["near"], g["slack"],
     )  # fmt: skip
     return Recorded(expected, g["got"], entry["inputs"], g["input"], numpy)
 

@@ -29,13 +29,17 @@ def build_graph(
     dtype: str,
     router_logits: str = "fp32",
     batch_invariant: bool = False,
+    kv_dtype: str = "",
 ) -> StageGraph:
     """Build and check the stage graph of ``model`` with activations in ``dtype``.
+
+    ``kv_dtype`` is the KV cache's, empty for ``dtype``.
 
     Raises:
         EdgeMismatch: the stages do not fit together (a defect of the cut itself).
     """
-    cut = _Cut(model, dtype, wide(dtype) if router_logits == "fp32" else dtype, batch_invariant)
+    logits_dtype = wide(dtype) if router_logits == "fp32" else dtype
+    cut = _Cut(model, dtype, logits_dtype, batch_invariant, kv_dtype)
     layers = range(model.text.num_hidden_layers)
     stages = [cut.vision()] if model.vision else []
     stages.append(cut.embed())
@@ -49,13 +53,15 @@ class _Cut:
     """Makes the stages of one model; holds what they share."""
 
     def __init__(
-        self, model: ModelConfig, dtype: str, logits_dtype: str, batch_invariant: bool
-    ) -> None:
+        self, model: ModelConfig, dtype: str, logits_dtype: str, batch_invariant: bool,
+        kv_dtype: str,
+    ) -> None:  # fmt: skip
         self.model = model
         self.text = model.text
         self.dtype = dtype
         self.logits_dtype = logits_dtype
         self.invariant = batch_invariant
+        self.kv_dtype = kv_dtype
         self.x = TensorSpec("x", ("tokens", "hidden"), dtype)
         self.y = TensorSpec("y", ("tokens", "hidden"), dtype)
         self.u = TensorSpec("u", ("tokens", "hidden"), dtype)
@@ -93,6 +99,7 @@ class _Cut:
             adds=layer > 0,
             router=self._router() if t.is_moe(layer) else None,
             batch_invariant=self.invariant,
+            kv_dtype=self.kv_dtype,
         )
         takes = (self.x, self.y) if spec.adds else (self.x,)
         gives = (self.x, self.u, *self.routing(layer))

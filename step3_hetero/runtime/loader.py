@@ -9,7 +9,7 @@ from typing import Any
 from step3_hetero.backend import Array, Device, KVCache, Weights
 from step3_hetero.graph import GraphStage, Param, StageGraph
 from step3_hetero.runtime.executor import LoadedStage
-from step3_hetero.specs import AttentionSpec, CacheSpec, Limits, TensorSource
+from step3_hetero.specs import AttentionSpec, Limits, TensorSource
 
 OnStage = Callable[[str], None]
 """Called with a stage's name once it is loaded."""
@@ -69,4 +69,4 @@ def open_cache(device: Device, node: GraphStage, kv_blocks: int) -> KVCache | No
     spec = node.spec
     if not isinstance(spec, AttentionSpec):
         return None
-    return device.open_cache(CacheSpec(spec.kv_heads, spec.head_dim, kv_blocks, spec.dtype))
+    return device.open_cache(spec.cache(kv_blocks))

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from step3_hetero.backend import KVCache
 from step3_hetero.graph import StageGraph
+from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import Executor, LoadedStage, Observer
-from step3_hetero.runtime.microbatch import BatchResult, Landed, MicroBatch, StageClock, Ticket
+from step3_hetero.runtime.microbatch import BatchResult, Landed, MicroBatch, Ticket
 from step3_hetero.runtime.program import Program
+from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.specs import Limits
 
 
@@ -23,12 +25,14 @@ class LocalExecutor(Executor):
         caches: Sequence[KVCache],
         limits: Limits,
         observers: Sequence[Observer] = (),
+        timeline: Timeline | None = None,
     ) -> None:
         self.limits = limits
         self.kv_blocks = caches[0].spec.blocks
         self.clock = StageClock()
         self.observers = observers
-        self._program = Program(graph, stages, self.clock, observers)
+        self.timeline = timeline
+        self._program = Program(graph, stages, self.clock, observers, timeline)
         self._caches = caches
         self._landed: deque[Landed] = deque()
         self._submitted = 0
@@ -37,6 +41,8 @@ class LocalExecutor(Executor):
         """Run the micro-batch at once; its result waits for ``collect``."""
         self._submitted += 1
         ticket = Ticket(self._submitted)
+        if self.timeline is not None:
+            self.timeline.batch = ticket.number
         self._landed.append(Landed(ticket, self._run(batch)))
         return ticket
 

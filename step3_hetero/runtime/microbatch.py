@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -93,27 +93,6 @@ class Landed:
 
     ticket: Ticket
     result: BatchResult | None
-
-
-@dataclass(slots=True)
-class StageClock:
-    """Seconds and calls by (role, stage kind)."""
-
-    seconds: dict[tuple[str, str], float] = field(default_factory=dict)
-    calls: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def add(self, role: str, kind: str, seconds: float) -> None:
-        """Count one stage."""
-        key = (role, kind)
-        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-        self.calls[key] = self.calls.get(key, 0) + 1
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return what ``--json`` prints: one entry for each role and stage kind."""
-        return [
-            {"role": role, "stage": kind, "seconds": s, "calls": self.calls[role, kind]}
-            for (role, kind), s in self.seconds.items()
-        ]
 
 
 def row_logprobs(logits: npt.NDArray[Any], chosen: int, top: int) -> RowLogprobs:

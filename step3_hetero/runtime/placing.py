@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +12,47 @@ import numpy as np
 from step3_hetero.backend import Backend, DeviceInfo
 from step3_hetero.config import Config, stage_ranges
 from step3_hetero.errors import PlacementError, UnsupportedOp
-from step3_hetero.graph import Edge, GraphStage, StageGraph
+from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
-from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, CacheSpec, Limits
+from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 """NumPy's names for the config's dtypes."""
+
+KV_DTYPE = {"auto": "", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
+"""A cache's dtype for ``runtime.kv_dtype``; empty is that of the activations."""
 
 MOST_BLOCKS = (2**31 - 1) // LOGICAL_BLOCK
 """Slots are int32."""
 
 KV_SHARE = 0.4
 """The part of the memory that weights leave which ``kv_blocks: auto`` may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requantised:
+    """What a role's backend makes INT8 at load, whatever the checkpoint stores it as.
+
+    ``weights`` counts the numbers in ``tensors`` of the checkpoint; ``nbytes`` are those of codes
+    and scales.
+    """
+
+    tensors: int
+    weights: int
+    nbytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {
+            "to": "int8",
+            "tensors": self.tensors,
+            "weights": self.weights,
+            "bytes": self.nbytes,
+            "method": "codes with a float32 scale for each output row, made at load; "
+            "activations are quantised for each token",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +68,7 @@ class RolePlan:
     stages: tuple[str, ...]
     weight_bytes: int
     kv_bytes_per_block: int
+    requantised: Requantised | None = None
 
     @property
     def memory_domain(self) -> str:
@@ -83,6 +112,7 @@ class Placement:
                     "stages": stage_ranges(r.stages),
                     "weights": r.weight_format,
                     "weight_bytes": r.weight_bytes,
+                    "requantised": r.requantised.to_json() if r.requantised else None,
                     "kv_bytes": r.kv_bytes_per_block * self.kv_blocks,
                     "memory_bytes": r.info.memory_bytes,
                 }
@@ -152,6 +182,7 @@ def _role_plan(config: Config, name: str, stages: Sequence[GraphStage]) -> RoleP
         tuple(s.name for s in stages),
         sum(_stage_bytes(s, weight_format) for s in stages),
         sum(_block_bytes(s) for s in stages),
+        _requantised(stages) if weight_format == "int8" else None,
     )
     check_supported(config, plan, stages)
     return plan
@@ -233,7 +264,7 @@ def check_memory(config: Config, placement: Placement) -> None:
 
 
 def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
-    """Return the bytes of a stage's weights; the router is held in float32."""
+    """Return the bytes of a stage's weights, scales included; the router is held in float32."""
     total = 0
     for param in stage.params:
         follows = param.compressible and weight_format != "auto"
@@ -241,14 +272,30 @@ def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
         if param.name == "router" and param.spec is not None:
             dtype = str(param.spec.parameters["out_dtype"])
         total += param.elements * itemsize(dtype)
+        if follows and dtype == "int8":
+            total += _rows(param) * itemsize("float32")
     return total
+
+
+def _rows(param: Param) -> int:
+    """Return the output rows of a param's matrices: each has a scale of its own."""
+    return sum(math.prod(shape[:-1]) for shape in param.shapes.values())
+
+
+def _requantised(stages: Sequence[GraphStage]) -> Requantised | None:
+    params = [p for s in stages for p in s.params if p.compressible]
+    if not params:
+        return None
+    weights = sum(p.elements for p in params)
+    nbytes = weights * itemsize("int8") + sum(map(_rows, params)) * itemsize("float32")
+    return Requantised(sum(len(p.tensors) for p in params), weights, nbytes)
 
 
 def _block_bytes(stage: GraphStage) -> int:
     spec = stage.spec
     if not isinstance(spec, AttentionSpec):
         return 0
-    return CacheSpec(spec.kv_heads, spec.head_dim, 1, spec.dtype).nbytes
+    return spec.cache(1).nbytes
 
 
 def itemsize(dtype: str) -> int:

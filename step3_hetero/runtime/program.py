@@ -10,14 +10,13 @@ import numpy as np
 
 from step3_hetero.backend import Array, BatchMeta, Device
 from step3_hetero.graph import Edge, GraphStage, StageGraph
+from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage, Observer
-from step3_hetero.runtime.microbatch import (
-    BatchResult,
-    ImagePart,
-    MicroBatch,
-    StageClock,
-    row_logprobs,
-)
+from step3_hetero.runtime.microbatch import BatchResult, ImagePart, MicroBatch, row_logprobs
+from step3_hetero.runtime.timeline import Timeline
+
+SAMPLE = "sample"
+"""Kind of the work that chooses tokens from the head's logits."""
 
 Wires = dict[str, dict[str, Array]]
 """Inputs gathered so far: stage, tensor name, array on the device where that stage is called."""
@@ -50,7 +49,9 @@ class Program:
         stages: Mapping[str, LoadedStage],
         clock: StageClock,
         observers: Sequence[Observer] = (),
+        timeline: Timeline | None = None,
     ) -> None:
+        self.timeline = timeline
         self.home = stages["embed"].device
         self.clock = clock
         self.observers = observers
@@ -94,13 +95,20 @@ class Program:
     def _here(self, loaded: LoadedStage, meta: BatchMeta | None, inputs: dict[str, Array]) -> Named:
         for observer in self.observers:
             observer.before(loaded, meta, inputs)
-        start = time.perf_counter()
+        start = time.monotonic()
         outputs = loaded.stage.run(inputs)
-        seconds = time.perf_counter() - start
-        self.clock.add(loaded.role, loaded.node.kind, seconds)
+        seconds = self._note(loaded.role, loaded.node.kind, loaded.node.name, start)
         for observer in self.observers:
             observer.after(loaded, outputs, seconds)
         return outputs
+
+    def _note(self, role: str, kind: str, stage: str, start_s: float) -> float:
+        """Count what began at ``start_s`` and has just ended; return its seconds."""
+        end_s = time.monotonic()
+        self.clock.add(role, kind, end_s - start_s)
+        if self.timeline is not None:
+            self.timeline.add(kind, stage, start_s, end_s, role=role)
+        return end_s - start_s
 
     def _deliver(self, node: GraphStage, outputs: Named, wires: Wires) -> None:
         """Put a stage's outputs where its edges lead."""
@@ -146,8 +154,10 @@ class Program:
         self._head.stage.plan(batch.meta)
         logits = self._here(self._head, batch.meta, inputs)["logits"]
         c = batch.choice
+        start = time.monotonic()
         draws = (device.from_host(a) for a in (c.temperature, c.top_k, c.top_p, c.uniform))
         ids = device.to_host(device.kernel("sample")(logits, *draws, banned=c.banned))
+        self._note(self._head.role, SAMPLE, "head", start)
         if not batch.want_logits and all(n is None for n in batch.logprobs):
             return BatchResult(ids, [None] * len(ids))
         host = device.to_host(logits)

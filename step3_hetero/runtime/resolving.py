@@ -16,6 +16,7 @@ from step3_hetero.model.config import FAMILIES, ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.placing import (
     DTYPE,
+    KV_DTYPE,
     Placement,
     RolePlan,
     check_memory,
@@ -118,6 +119,7 @@ def stage_graph(config: Config, model: ModelConfig | None = None) -> StageGraph:
         dtype=model.dtype if asked == "model" else DTYPE[asked],
         router_logits=config.runtime.router_logits,
         batch_invariant=config.runtime.batch_invariant,
+        kv_dtype=KV_DTYPE[config.runtime.kv_dtype],
     )
 
 

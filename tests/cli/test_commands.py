@@ -58,7 +58,7 @@ def test_json_of_generate_gives_seconds_by_stage_kind_and_role(ask):
     assert timings["prefill_s"] > 0 and timings["decode_s"] > 0 and timings["tokens_per_s"] > 0
     stages = {(s["role"], s["stage"]): s for s in timings["stages"]}
     assert stages.keys() == {
-        *(("a", kind) for kind in ("vision", "embed", "attention", "ffn", "head")),
+        *(("a", kind) for kind in ("vision", "embed", "attention", "ffn", "head", "sample")),
         ("f", "ffn"),
     }
     assert all(s["seconds"] > 0 and s["calls"] > 0 for s in stages.values())
@@ -105,6 +105,14 @@ def test_the_same_seed_is_the_same_answer_and_another_is_not(model, config, succ
 
     assert sampled(3) == sampled(3)
     assert len({sampled(seed) for seed in range(4)}) == 4
+
+
+def test_check_says_what_a_role_requantises(succeed, digits):
+    asked = ("check", digits, "--set", "roles.f.weights=int8")
+    (line,) = (line for line in succeed(*asked).out.splitlines() if "requantises" in line)
+    said = "note: role f: reference requantises 12 tensors of the checkpoint to int8, "
+    assert line.startswith(said)
+    assert "requantises" not in succeed("check", digits).out
 
 
 def test_set_moves_a_stage_and_the_answer_stays(ask):

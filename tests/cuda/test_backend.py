@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ import yaml
 from step3_hetero.backends.cuda.cards import CARDS
 from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.registry import get_backend
-from step3_hetero.specs import OpSpec
+from step3_hetero.specs import HostTensor, OpSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,3 +144,16 @@ def test_importing_the_backend_loads_no_vendor_library():
     code = "import sys, step3_hetero.backends.cuda; print(*{'torch', 'triton'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_only_block_fp8_is_multiplied_as_stored():
+    from step3_hetero.backends.cuda.linear import stays_fp8
+
+    def stays(dtype, weight_format="auto"):
+        scale = np.ones((1, 1), np.float32)
+        tensor = HostTensor("w", np.ones((2, 4), np.float32).astype(dtype), scale)
+        return stays_fp8([tensor], OpSpec("linear", "bfloat16", weight_format=weight_format))
+
+    assert stays(ml_dtypes.float8_e4m3fn)
+    assert not stays(ml_dtypes.float8_e4m3fn, "bfloat16")
+    assert not stays(np.int8)

@@ -5,6 +5,7 @@ import pytest
 from meta import (
     defects_attention,
     defects_contract,
+    defects_formats,
     defects_products,
     defects_rows,
     defects_stages,
@@ -19,6 +20,7 @@ DEFECTS = (
     *defects_attention.DEFECTS,
     *defects_stages.DEFECTS,
     *defects_contract.DEFECTS,
+    *defects_formats.DEFECTS,
 )
 
 EVERYWHERE = ("route: sigmoid for softmax", "rope: pairs for halves")

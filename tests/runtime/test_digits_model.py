@@ -23,15 +23,18 @@ def held():
     return HeldOut.read(TINY)
 
 
-def open_model(attention="cpu", experts="cpu", *, model=TINY, ablate=None):
+def open_model(
+    attention="cpu", experts="cpu", *, model=TINY, ablate=None, kv_dtype="auto", weights="auto"
+):
     roles = {
         "a": {
             "stages": ["embed", "vision", "attention", "head", "ffn[0,3]"],
             "backend": attention,
+            "weights": weights,
         },
-        "f": {"stages": ["ffn"], "backend": experts},
+        "f": {"stages": ["ffn"], "backend": experts, "weights": weights},
     }
-    runtime = {"dtype": "fp32"}
+    runtime = {"dtype": "fp32", "kv_dtype": kv_dtype}
     config = {"version": 1, "model": str(model), "roles": roles, "runtime": runtime}
     return load(config, ablate=ablate)
 
@@ -79,6 +82,22 @@ def test_block_fp8_copy_still_answers(scores, tmp_path):
     copy = quantise_checkpoint(TINY, tmp_path / "fp8")
     for backend in ("cpu", "reference"):
         singles, sums = scores(attention=backend, experts=backend, model=copy)
+        assert min(singles, sums) >= 0.95
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_digits_are_read_over_a_cache_of_fewer_bytes(kv_dtype, backend, scores):
+    singles, sums = scores(attention=backend, experts=backend, kv_dtype=kv_dtype, limit=20)
+    assert min(singles, sums) >= 0.95
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_digits_are_read_with_int8_weights_made_from_block_fp8(backend, scores, tmp_path):
+    copy = quantise_checkpoint(TINY, tmp_path / "fp8")
+    asked = {"attention": backend, "experts": backend, "weights": "int8", "limit": 20}
+    for model in (TINY, copy):
+        singles, sums = scores(model=model, **asked)
         assert min(singles, sums) >= 0.95
 
 

@@ -1,0 +1,1 @@
+"""What an engine shows to other programs over HTTP."""

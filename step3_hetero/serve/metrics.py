@@ -1,0 +1,91 @@
+"""An engine's state as Prometheus metrics, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from step3_hetero.errors import RequestError
+from step3_hetero.runtime.clocks import PER_OCTAVE, Durations
+
+if TYPE_CHECKING:
+    from step3_hetero.runtime.engine import Engine
+
+PREFIX = "step3_hetero"
+
+
+class EngineCollector:
+    """Yields the metric families of one engine: queues, KV cache, seconds and bytes by stage."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Any]:
+        """Yield what stands now; called from the thread of the HTTP server."""
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
+
+        lanes, executor = self._engine.lanes, self._engine.executor
+        running = sum(len(lane.scheduler.running) for lane in lanes.lanes)
+        blocks = executor.kv_blocks * executor.instances
+        for name, text, value in (
+            ("num_requests_running", "Requests in a lane.", running),
+            ("num_requests_waiting", "Requests that wait for a lane.", len(lanes.waiting)),
+            ("kv_cache_usage_ratio", "KV blocks held, of all.", 1 - lanes.free_blocks / blocks),
+        ):
+            yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value)
+        labels = ("role", "stage")
+        seconds = HistogramMetricFamily(
+            f"{PREFIX}_stage_seconds", "Seconds of stages, edges and waits.", labels=labels
+        )
+        sent = CounterMetricFamily(f"{PREFIX}_edge_bytes", "Bytes sent on edges.", labels=labels)
+        for key, durations in list(executor.clock.entries.items()):
+            seconds.add_metric(key, buckets(durations), durations.seconds)
+            if durations.sent_bytes:
+                sent.add_metric(key, durations.sent_bytes)
+        yield seconds
+        yield sent
+
+
+def buckets(durations: Durations) -> list[tuple[str, float]]:
+    """Return cumulative counts by powers of two of a second, the last one open."""
+    by_octave: dict[int, int] = {}
+    for step, count in list(durations.filed.items()):
+        octave = step // PER_OCTAVE + 1
+        by_octave[octave] = by_octave.get(octave, 0) + count
+    edges = sorted(by_octave)
+    counts = accumulate(by_octave[edge] for edge in edges)
+    found = [(str(2.0**edge), float(n)) for edge, n in zip(edges, counts, strict=True)]
+    return [*found, ("+Inf", float(durations.calls))]
+
+
+@contextmanager
+def serve_metrics(engine: Engine, port: int) -> Iterator[int]:
+    """Serve an engine's metrics on loopback while the context is open; yield the port.
+
+    Raises:
+        RequestError: the port is taken, or prometheus_client is not installed.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, start_http_server
+    except ImportError:
+        raise RequestError(
+            "--metrics-port needs prometheus_client: pip install 'step3-hetero[serve]'"
+        ) from None
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine))
+    try:
+        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+    except OSError as cause:
+        raise RequestError(f"--metrics-port {port}: {cause.strerror}; take another one") from cause
+    try:
+        yield int(server.server_port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
