@@ -79,10 +79,11 @@ def attend(
     limits.decode_heads(heads)
     limits.decode_tile(heads, head_dim, TILE)
     limits.programs(seqs * parts)
-    limits.programs(seqs * heads // MERGED_ROWS)
     limits.cache_elements(keys.numel())
-    out = torch.empty_like(q)
     several = parts > 1
+    if several:
+        limits.programs(seqs * heads // MERGED_ROWS)
+    out = torch.empty_like(q)
     partial = q.new_empty((parts, *q.shape), dtype=torch.float32) if several else out
     lse = q.new_empty((parts, seqs, heads) if several else 1, dtype=torch.float32)
     share = split if several else limits.INT32_MAX

@@ -4,8 +4,10 @@ What the kernels compute is tier 3's business (tests/ascend/t3); here a launcher
 docstrings say.
 """
 
+import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,15 @@ def case(contexts, heads=64, queries=None):
     return OpTrial(Case("attention", "bfloat16", dims, {"scale": 0.0625}))
 
 
+def on_host(x):
+    """Return an array of the stand-in as the host's: no operator of the device is called."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    assert x.is_contiguous() and x.device.type == "npu"
+    memory = (ctypes.c_byte * x.nbytes).from_address(x.data_ptr())
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+
+
 class Documented:
     """A launcher that does what the kernels' docstrings say, in float32, and notes the grids."""
 
@@ -47,7 +58,7 @@ class Documented:
         """Do the work of a whole grid."""
         self.grids.append((name, *grid))
         if name == "attend" or self.merge:
-            getattr(self, name)(grid, *args, **constants)
+            getattr(self, name)(grid, *map(on_host, args), **constants)
 
     def attend(self, grid, q, k, v, out, lse, tables, contexts, stride, share, scale, **sizes):
         """Fill every split's results and sums."""
@@ -127,6 +138,23 @@ def test_cache_that_the_kernel_cannot_read_is_refused_when_opened(
         opened(backend, Documented()).open_cache(spec)
 
 
+def test_launch_of_too_many_programs_is_refused():
+    def started(seqs, **parts):
+        cache = torch.empty(4, 128, 1, 256, dtype=torch.bfloat16, device="meta")
+        q = torch.empty(seqs, 64, 256, dtype=torch.bfloat16, device="meta")
+        counts = torch.empty(seqs, 2, dtype=torch.int32, device="meta")
+        grids = []
+        decode.attend(lambda name, grid, *_: grids.append((name, *grid)), q, cache, cache, counts,
+                      counts[:, 0], scale=1.0, **parts)  # fmt: skip
+        return grids
+
+    assert started(65535) == [("attend", 65535, 1)]
+    assert started(16383, parts=2, split=128) == [("attend", 16383, 2), ("combine", 65532)]
+    for seqs, parts in ((65536, {}), (16384, {"parts": 2, "split": 128})):
+        with pytest.raises(LimitExceeded, match="Triton programs: 65,536 refused"):
+            started(seqs, **parts)
+
+
 def test_heads_that_were_never_compiled_are_refused_and_not_attended_otherwise(backend):
     result = examine(backend, opened(backend, Documented()), case((5,), heads=8))
     assert result.status == "failed"
@@ -168,6 +196,20 @@ def test_kernels_in_use_have_a_plan_for_every_chip():
         assert [chip for chips in plans for chip in chips.split()] == CHIPS
         for plan in plans.values():
             assert all(n <= limits.ON_CHIP_BYTES[memory] for memory, n in plan["bytes"].items())
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, 256, 512])
+def test_page_shows_the_committed_plans(tile):
+    page = (T3.parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")
+    [row] = [line for line in page.splitlines() if re.match(rf"\s*\| \**{tile}\b[^|]* \|", line)]
+    sizes = decode.constants(64, 256, tile, split=False)
+    [plan] = PLANS["attend" + "".join(f" {n}={v}" for n, v in sizes.items())].values()
+    if "bytes" in plan:
+        assert row.endswith("".join(f" {n:,} |" for n in plan["bytes"].values()))
+    else:
+        assert [f"{int(n):,}" for n in re.findall(r"\d+", plan["refused"])] == re.findall(
+            r"[\d,]{4,}", row
+        )
 
 
 @pytest.mark.parametrize("tile", [256, 512])

@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from opencompiler import FOLDER, KERNELS, Launched, OnCpu, launches
+import torch
+from opencompiler import FOLDER, KERNELS, OnCpu, launches
 
+from step3_hetero.backends.ascend import decode
 from step3_hetero.backends.ascend.device import AscendDevice
 from step3_hetero.conformance.case import Case
 from step3_hetero.conformance.exam import CaseResult, examine
 from step3_hetero.conformance.forms import OpTrial
 from step3_hetero.conformance.suite import select
+from step3_hetero.conformance.trial import Trial
 from step3_hetero.registry import get_backend
 
 SPLIT = 256
 """Keys of a part where contexts are cut."""
 
 
-def case(heads: int, contexts: Sequence[int], draw: str = "normal") -> Case:
+def case(heads: int, contexts: Sequence[int], draw: str = "normal") -> OpTrial:
     """Return decoding sequences with these contexts, one more row being padding."""
     blocks = sum(-(-n // 128) for n in contexts) + 2
     dims = {"heads": heads, "kv_heads": 1, "head_dim": 256, "queries": (1,) * len(contexts),
             "contexts": tuple(contexts), "blocks": blocks, "padding": 1}  # fmt: skip
-    return Case("attention", "bfloat16", dims, {"scale": 0.0625}, draw)
+    return OpTrial(Case("attention", "bfloat16", dims, {"scale": 0.0625}, draw))
 
+
+MFA = "attention[heads=64,kv_heads=1,head_dim=256 queries=1+ bfloat16"
+"""Step-3's heads in the conformance suite, decoding sequences among them."""
 
 CASES = (
     case(64, (1, 127, 128, 129, 700)),
@@ -33,8 +39,10 @@ CASES = (
     case(64, (4096,)),
     case(32, (130, 1, 600)),
     case(16, (130, 1, 600)),
+    *select([MFA, "!kv=", "!65536"], full=True),
 )
-FAULTY = case(64, (1, 129, 700))
+LONG = tuple(select([f"{MFA} 65536", "!kv="], full=True))
+FAULTY = (case(64, (1, 129, 700)),)
 """The case that seeded defects have to fail."""
 
 DEFECTS = {
@@ -44,6 +52,10 @@ DEFECTS = {
         "scores",
     ),
     "mask one key late": ("(first + key)[None, :] < high,", "(first + key)[None, :] <= high,"),
+    "values beyond the context read": (
+        "tl.load(values + at, mask=there, other=0.0)",
+        "tl.load(values + at)",
+    ),
     "earlier keys not shrunk": ("total * shrink[:, None] + tl.dot(", "total + tl.dot("),
     "block table ignored": (
         "tl.load(tables + seq * table_stride + first // PAGE)",
@@ -58,31 +70,47 @@ of parts and show only there."""
 MERGE = tuple(DEFECTS)[-2:]
 
 
-def kernels_of(cases: Sequence[Case]) -> list[Launched]:
-    """Return which kernels these cases need, whole and in parts."""
-    heads = sorted({c.size("heads") for c in cases})
-    return [one for h in heads for split in (False, True) for one in launches(h, split=split)]
-
-
 def results(
-    launch: OnCpu, cases: Sequence[Case], splits: Sequence[int] = (0, SPLIT)
-) -> Iterator[tuple[int, CaseResult]]:
-    """Examine cases on a device that decodes by the launcher, with each way to cut contexts."""
+    launch: OnCpu, cases: Sequence[Trial], split: int = 0, heads: Sequence[int] = (64,)
+) -> Iterator[CaseResult]:
+    """Examine cases on a device that decodes by the launcher, contexts cut by ``split``."""
     backend = get_backend("ascend")
-    launch.compile(kernels_of(cases))
-    for split in splits:
-        device = AscendDevice(backend.devices()[0], 0, kv_split=split, triton=launch)
-        for one in cases:
-            yield split, examine(backend, device, OpTrial(one))
+    launch.compile([one for h in heads for cut in (False, True) for one in launches(h, split=cut)])
+    device = AscendDevice(backend.devices()[0], 0, kv_split=split, triton=launch)
+    for one in cases:
+        yield examine(backend, device, one)
 
 
-def stages(launch: OnCpu) -> Iterator[CaseResult]:
-    """Examine Step-3's real attention stage, with decoding sequences in its batch."""
-    backend = get_backend("ascend")
-    device = AscendDevice(backend.devices()[0], 0, triton=launch)
-    for trial in select(full=True):
-        if trial.id.startswith("attention_stage[step3-") and trial.dtype == "bfloat16":
-            yield examine(backend, device, trial)
+def all_results(launch: OnCpu) -> Iterator[tuple[str, CaseResult]]:
+    """Examine every case, whole and in parts, and the attention stage at Step-3's size."""
+    for split in (0, SPLIT):
+        for result in results(launch, CASES, split, (64, 32, 16)):
+            yield f"parts of {split}", result
+    for result in results(launch, LONG, 16 * SPLIT):
+        yield f"parts of {16 * SPLIT}", result
+    stage = select(["attention_stage[step3- bfloat16", "!kv="], full=True)
+    for result in results(launch, stage):
+        yield "stage", result
+
+
+def reads_beyond(launch: OnCpu) -> bool:
+    """Say whether a result changes with what lies in the cache beyond the contexts: NaN or zero."""
+    launch.compile(launches(64, split=False))
+    draw = torch.Generator().manual_seed(0)
+    contexts = torch.tensor([5, 130], dtype=torch.int32)
+    table = torch.tensor([[4, 0], [1, 3]], dtype=torch.int32)
+    q, k, v = (
+        torch.randn(*shape, generator=draw).bfloat16()
+        for shape in ((2, 64, 256), (5, 128, 1, 256), (5, 128, 1, 256))
+    )
+    seen = torch.zeros(5, 128, 1, 1, dtype=torch.bool)
+    seen[4, :5] = seen[1] = seen[3, :2] = True
+    results = []
+    for beyond in (0.0, float("nan")):
+        given = [x.to("npu") for x in (q, k.where(seen, beyond), v.where(seen, beyond))]
+        out = decode.attend(launch, *given, table.to("npu"), contexts.to("npu"), scale=0.0625)
+        results.append(out.cpu())
+    return not torch.equal(*results)
 
 
 def mutant(name: str) -> OnCpu:

@@ -47,17 +47,23 @@ def prepare() -> None:
     if _site().is_dir():
         return
     making = _site().with_name(f"{_site().name}.{os.getpid()}")
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps",
-         "--target", str(making), *PACKAGES],
-        text=True, capture_output=True, timeout=300, check=False,
-    )  # fmt: skip
-    if done.returncode:
+    if reason := _install(making):
         shutil.rmtree(making, ignore_errors=True)
-        raise NotRun(f"{', '.join(PACKAGES)} do not install: {done.stderr.strip()[-300:]}")
+        raise NotRun(f"{', '.join(PACKAGES)} do not install: {reason}")
     for program in (making / "ascendnpuir" / "bin").iterdir():
         program.chmod(0o755)  # pip drops the bit
     making.replace(_site())
+
+
+def _install(target: Path) -> str | None:
+    """Have pip fill a folder; return why it cannot."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    try:
+        done = subprocess.run([*pip, "--target", str(target), *PACKAGES],
+                              text=True, capture_output=True, timeout=240, check=False)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "pip took more than 240 s"
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
 def _site() -> Path:
