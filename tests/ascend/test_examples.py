@@ -20,7 +20,10 @@ def run(*arguments):
 def test_released_model_fits_its_cards():
     report = json.loads(run("check", EXAMPLES / "h800_attention_910b_ffn.yaml", "--json"))
     cards = [role for role in report["roles"] if role["backend"] == "ascend"]
-    assert len(cards) == 12
+    assert len(cards) == 6
+    made = [role["requantised"] for role in cards]
+    assert {(m["stored"], m["to"]) for m in made} == {("bfloat16", "int8")}
+    assert sum(m["tensors"] for m in made) == 56 * 6
     assert all(r["weight_bytes"] + r["kv_bytes"] <= r["memory_bytes"] == 64e9 for r in cards)
     edges = sum(c["edges"] for c in report["crossing"] if c["kind"] == "A2F")
     assert edges == 56

@@ -110,7 +110,9 @@ def test_the_same_seed_is_the_same_answer_and_another_is_not(model, config, succ
 def test_check_says_what_a_role_requantises(succeed, digits):
     asked = ("check", digits, "--set", "roles.f.weights=int8")
     (line,) = (line for line in succeed(*asked).out.splitlines() if "requantises" in line)
-    said = "note: role f: reference requantises 12 tensors of the checkpoint from float32 to int8, "
+    said = (
+        "note: role f: reference requantises 12 tensors of the checkpoint from bfloat16 to int8, "
+    )
     assert line.startswith(said)
     assert "requantises" not in succeed("check", digits).out
 
