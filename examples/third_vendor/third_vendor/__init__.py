@@ -50,7 +50,7 @@ class ThirdVendorBackend(Backend):
             raise PlacementError(f"backend {self.name} has no card {card!r}; leave the key out")
         host = get_backend(LENDER).reference_info(None)
         return replace(
-            host, name=f"{self.name}:0", description="an example, on the host", tier="stand-in"
+            host, name=f"{self.name}:0", description="an example, on the host", tier="host stand-in"
         )
 
     def version(self) -> str:
