@@ -60,7 +60,9 @@ def test_command_lists_it_with_its_version_and_device(installed):
     assert done.returncode == 0, done.stderr
     (listed,) = (b for b in json.loads(done.stdout) if b["name"] == "third_vendor")
     assert (listed["version"], listed["why"]) == ("0.1.0", None)
-    assert [(d["name"], d["tier"]) for d in listed["devices"]] == [("third_vendor:0", "stand-in")]
+    assert [(d["name"], d["tier"]) for d in listed["devices"]] == [
+        ("third_vendor:0", "host stand-in")
+    ]
 
 
 def test_its_own_kernel_and_those_it_borrows_pass(backend):
@@ -108,7 +110,11 @@ def test_command_certifies_it(installed, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = Certificate.read(tmp_path / "certificate.json")
-    assert (found.passed, found.borrows, found.device.tier) == (True, ("reference",), "stand-in")
+    assert (found.passed, found.borrows, found.device.tier) == (
+        True,
+        ("reference",),
+        "host stand-in",
+    )
     unclaimed = {c.op for c in found.cases if c.status == "unclaimed"}
     assert unclaimed >= {"resize", "vision_stage"}
     assert set(found.counts) == {"passed", "unclaimed"}
