@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from step3_hetero.afd.link import Link, Message, ready
-from step3_hetero.afd.messages import Kind, batch_of, result_parcel, total_bytes
+from step3_hetero.afd.messages import (
+    Kind,
+    batch_of,
+    number_of,
+    result_parcel,
+    total_bytes,
+)
 from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array, KVCache
@@ -127,7 +133,7 @@ class Driver:
         clock.add(role, f"{node.kind} round trip", end - waiting.since_s)
         told = {node.kind: "seconds", TAKE: "taken_s", SEND: "sent_s", WAIT: "waited_s"}
         for kind, key in told.items():
-            clock.add(role, kind, float(answer.said.get(key, 0.0)), size * (kind == SEND))
+            clock.add(role, kind, number_of(answer.said, key), size * (kind == SEND))
         if timeline is not None:
             self._work_on(waiting.ticket)
             timeline.add(TAKE, node.name, start_s, end, size, self._call_number(answer.seq) + 1)

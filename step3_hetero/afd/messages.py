@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
@@ -26,6 +27,18 @@ Said = dict[str, Any]
 def total_bytes(arrays: Mapping[str, HostArray]) -> int:
     """Return the bytes of all arrays together."""
     return sum(x.nbytes for x in arrays.values())
+
+
+def number_of(said: Mapping[str, Any], key: str) -> float:
+    """Return a number that a message says; 0 if it says nothing of it.
+
+    Raises:
+        EdgeMismatch: it is no finite number.
+    """
+    value = said.get(key, 0)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise EdgeMismatch(f"{key}: {value!r} refused; allowed: a finite number")
+    return float(value)
 
 
 class Kind(IntEnum):
@@ -61,8 +74,6 @@ class Kind(IntEnum):
     """A role: what it was asked cannot be done; the sentence is for the user."""
     STOP = 15
     """The front: finish what is under way and end."""
-    TIMES = 16
-    """A role, after each micro-batch: seconds by stage since the last time."""
     AGAIN = 17
     """Anybody: a frame came damaged; send again what is not answered yet."""
     LOST = 18

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from step3_hetero.afd.link import Link, Message, ready
-from step3_hetero.afd.messages import Kind, Said, rows_only, total_bytes
+from step3_hetero.afd.messages import Kind, Said, number_of, rows_only, total_bytes
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
@@ -90,10 +90,10 @@ class Worker:
         How long the sending of an answer took is told with the next one.
         """
         waited_s = 0.0 if self._idle_since is None else start_s - self._idle_since
-        call = int(message.said.get("call", 0))
-        if self._timeline is not None:
-            self._timeline.batch = int(message.said.get("batch", 0))
         try:
+            call = int(number_of(message.said, "call"))
+            if self._timeline is not None:
+                self._timeline.batch = int(number_of(message.said, "batch"))
             run = self._answer(message, start_s, call)
         except Step3HeteroError as error:
             link.send(Kind.FAILED, message.seq, {"why": str(error)})

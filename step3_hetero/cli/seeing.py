@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,13 +36,12 @@ class Seeing:
 def seeing_options(function: F) -> F:
     """Add ``--trace``, ``--timings`` and ``--metrics-port``; they come as one `Seeing`."""
 
+    @wraps(function)  # the options that a command has already come along in __click_params__
     def wrapped(
         *args: Any, trace: str | None, timings: bool, metrics_port: int | None, **rest: Any
     ) -> Any:
         return function(*args, seeing=Seeing(trace, timings, metrics_port), **rest)
 
-    wrapped.__name__, wrapped.__doc__ = function.__name__, function.__doc__
-    wrapped.__click_params__ = list(getattr(function, "__click_params__", ()))  # type: ignore[attr-defined]
     decorated: Any = click.option(
         "--metrics-port",
         type=click.IntRange(0, 65535),

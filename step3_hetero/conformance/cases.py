@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from step3_hetero.conformance.case import Sizes, op
 from step3_hetero.conformance.forms import OpTrial
@@ -239,23 +241,23 @@ VISION = (
 OPS_CASES = (*NORMS, *ROWS, *QUANTISATION, *LINEAR, *ACTIVATION, *ROPE, *ATTENTION, *ROUTING,
              *EXPERTS, *VISION, *NARROW_CACHE)  # fmt: skip
 
-MIXED = {"queries": (6, 1, 1), "contexts": (106, 129, 1)}
+MIXED: Mapping[str, Any] = {"queries": (6, 1, 1), "contexts": (106, 129, 1)}
 BOTH = ("float32", "bfloat16")
 
 STAGE_CASES = (
-    *(StageCase(kind, d, "odd", layer, **MIXED)  # type: ignore[arg-type]
+    *(StageCase(kind, d, "odd", layer, **MIXED)
       for kind in ("attention", "ffn", "layer") for layer in (0, 1) for d in BOTH),
     *(StageCase(kind, d, "odd", 1, (1,), (1,)) for kind in ("attention", "ffn") for d in BOTH),
     *(StageCase(kind, d, "odd", 1, (), ()) for kind in ("attention", "ffn") for d in BOTH),
-    *(StageCase(kind, d, "odd", 1, **MIXED, stored=FP8)  # type: ignore[arg-type]
+    *(StageCase(kind, d, "odd", 1, **MIXED, stored=FP8)
       for kind in ("attention", "ffn") for d in BOTH),
-    *(StageCase(kind, d, "odd", 1, **MIXED, kv=w)  # type: ignore[arg-type]
+    *(StageCase(kind, d, "odd", 1, **MIXED, kv=w)
       for kind in ("attention", "layer") for w in WIRE for d in BOTH),
     *(StageCase("attention", d, "odd", 1, q, c, kv=w)
       for q, c in (((1, 1), (128, 40)), ((1, 1, 1, 1), (128, 40, 129, 5)), ((40,), (168,)))
       for w in WIRE for d in BOTH),
-    StageCase("attention", "float32", "odd", 1, **MIXED, kv="bfloat16"),  # type: ignore[arg-type]
-    *(StageCase(kind, d, "odd", **MIXED)  # type: ignore[arg-type]
+    StageCase("attention", "float32", "odd", 1, **MIXED, kv="bfloat16"),
+    *(StageCase(kind, d, "odd", **MIXED)
       for kind in ("embed", "head") for d in BOTH),
     *(StageCase("vision", d, "odd", images=2, side=side) for side in (24, 16) for d in BOTH),
     *(StageCase("attention", d, REAL, 1, (1, 1, 3), (1, 300, 129), full=True) for d in BOTH),

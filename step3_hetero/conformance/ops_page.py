@@ -27,11 +27,19 @@ defines every op and is judged by the oracles in `tests/oracle`.
 """
 
 
+COLUMN_SAYS = {
+    "host stand-in": " (our reading of the documents)",
+    "interpreted": " (interpreted)",
+}
+"""What the head of a column adds where no hardware of the backend's own has run."""
+
+
 def page(certificates: Sequence[Certificate]) -> str:
     """Return the text of the page."""
     columns = [(c, d) for c in certificates for d in ("float32", "bfloat16")]
     lines = [HEAD, _devices(certificates), ""]
-    lines.append("| op | " + " | ".join(f"{c.backend} {d}" for c, d in columns) + " |")
+    heads = (f"{c.backend} {d}{COLUMN_SAYS.get(c.device.tier, '')}" for c, d in columns)
+    lines.append("| op | " + " | ".join(heads) + " |")
     lines.append("|---" * (len(columns) + 1) + "|")
     for op in dict.fromkeys(t.op for t in trials().values()):
         cells = [_cell([r for r in c.cases if (r.op, r.dtype) == (op, d)]) for c, d in columns]
@@ -47,8 +55,8 @@ def _devices(certificates: Iterable[Certificate]) -> str:
     ]
     for c in certificates:
         counts = ", ".join(f"{n} {status}" for status, n in sorted(c.counts.items()))
-        tier = "its own hardware" if c.device.tier == "device" else c.device.tier
-        cells = (f"{c.backend} ({c.package}; {c.library})", c.device.description, tier, c.date,
+        proven = "its own hardware" if c.device.tier == "device" else c.device.tier
+        cells = (f"{c.backend} ({c.package}; {c.library})", c.device.description, proven, c.date,
                  f"{c.scope}: {counts}", standing(c))  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     rows += [
@@ -101,12 +109,12 @@ def _cell(records: Sequence[CaseRecord]) -> str:
 def _notes(certificates: Iterable[Certificate]) -> Iterable[str]:
     for c in certificates:
         if c.borrows:
-            yield f"`{c.backend}` borrows kernels of {', '.join(c.borrows)}."
+            yield f"- `{c.backend}` borrows kernels of {', '.join(c.borrows)}."
         if c.held:
             held = ", ".join(f"{method} ({n} cases)" for method, n in c.held.items())
-            yield f"`{c.backend}` holds weights as: {held}.\n"
+            yield f"- `{c.backend}` holds weights as: {held}."
         if c.claimed_untested:
-            yield f"`{c.backend}` claims, and no case tried: {', '.join(c.claimed_untested)}."
+            yield f"- `{c.backend}` claims, and no case tried: {', '.join(c.claimed_untested)}."
         for r in c.cases:
             if r.status == "known gap":
                 yield f"- `{r.id}` on {c.backend}: {r.reason}"

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from step3_hetero.errors import EdgeMismatch
+
 PER_OCTAVE = 8
 """Steps in which a duration is filed, for each doubling: a quantile is within 4.5 %."""
 
@@ -100,20 +102,17 @@ class StageClock:
         """Return the clock that ``to_wire`` described.
 
         Raises:
-            ValueError, TypeError: it is nothing of the kind.
+            EdgeMismatch: it is nothing of the kind.
         """
         clock = cls()
-        for role, kind, seconds, calls, sent, filed in said:
-            durations = Durations(float(seconds), int(calls), int(sent))
-            durations.filed = {int(step): int(count) for step, count in filed}
-            clock.entries[str(role), str(kind)] = durations
+        try:
+            for role, kind, seconds, calls, sent, filed in said:
+                durations = Durations(float(seconds), int(calls), int(sent))
+                durations.filed = {int(step): int(count) for step, count in filed}
+                clock.entries[str(role), str(kind)] = durations
+        except (ValueError, TypeError) as cause:
+            raise EdgeMismatch(f"a clock is not told by role and kind: {cause}") from cause
         return clock
-
-
-def waited_part(clock: StageClock, role: str, window_s: float, instances: int) -> float:
-    """Return the part of ``instances`` x ``window_s`` in which a role had nothing to compute."""
-    waited = clock.entries.get((role, WAIT), Durations())
-    return min(1.0, waited.seconds / max(LEAST_S, window_s * instances))
 
 
 def sum_of(clocks: Mapping[str, StageClock]) -> StageClock:

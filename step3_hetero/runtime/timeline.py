@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from step3_hetero.errors import EdgeMismatch
+
 MOST_SPANS = 200_000
 """Kept; the oldest go first. About 40 MB of a trace file."""
 
@@ -93,13 +95,16 @@ def spans_of(said: Sequence[Sequence[Any]], shift_s: float = 0.0) -> list[Span]:
     """Return the spans that ``drain`` put into a message, by a clock ``shift_s`` ahead.
 
     Raises:
-        ValueError, TypeError: they are nothing of the kind.
+        EdgeMismatch: they are nothing of the kind.
     """
-    found = []
-    for who, kind, stage, batch, start, end, sent, call in said:
-        span = Span(
-            str(who), str(kind), str(stage), int(batch), float(start), float(end),
-            int(sent), int(call),
-        )  # fmt: skip
-        found.append(span.shifted(shift_s) if shift_s else span)
-    return found
+    try:
+        found = [
+            Span(
+                str(who), str(kind), str(stage), int(batch), float(start), float(end),
+                int(sent), int(call),
+            )
+            for who, kind, stage, batch, start, end, sent, call in said
+        ]  # fmt: skip
+    except (ValueError, TypeError) as cause:
+        raise EdgeMismatch(f"what ran when is not told in spans: {cause}") from cause
+    return [span.shifted(shift_s) for span in found] if shift_s else found

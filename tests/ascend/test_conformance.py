@@ -42,9 +42,13 @@ def test_certificate_of_the_command_names_the_tier(tmp_path, stand_in):
     file = tmp_path / "ascend.json"
     done = subprocess.run(
         [sys.executable, "-m", "step3_hetero.cli", "conformance", "run", "--backend", "ascend",
-         "--only", "rope tokens=9", "--json", str(file)],
+         "--only", "linear stored=float8_e4m3fn", "--json", str(file)],
         text=True, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tier: host stand-in" in done.stdout
-    assert json.loads(file.read_text())["device"]["tier"] == "host stand-in"
+    written = json.loads(file.read_text())
+    assert written["device"]["tier"] == "host stand-in"
+    held = {case["held"] for case in written["cases"] if case["status"] == "passed"}
+    assert "bfloat16 from block float8_e4m3fn" in held
+    assert all("from block float8_e4m3fn" in method for method in held)

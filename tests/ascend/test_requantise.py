@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from step3_hetero.api import load
+from step3_hetero.config import Config
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.model.quantise import dequantise, quantise_blocks, quantise_checkpoint
 from step3_hetero.registry import get_backend
+from step3_hetero.runtime.loader import stage_weights
+from step3_hetero.runtime.resolving import resolve
 from step3_hetero.specs import HostTensor, OpSpec
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-step3-digits"
@@ -76,6 +79,24 @@ def test_all_of_a_models_fp8_tensors_are_listed(tmp_path, monkeypatch):
     checkpoint = Checkpoint.open(copy, ModelConfig.read(copy))
     stored = {n for n in checkpoint.names() if checkpoint.tensor(n).scale_inv is not None}
     assert listed == stored != set()
+
+
+def test_check_tells_what_becomes_of_an_fp8_checkpoint_on_ascend_alone(tmp_path):
+    copy = quantise_checkpoint(TINY, tmp_path / "fp8")
+    stages = {"a": ["embed", "vision", "attention", "head", "ffn[0,2-3]"], "f": ["ffn[1]"]}
+    roles = {n: {"stages": s, "backend": b}
+             for (n, s), b in zip(stages.items(), ("cpu", "ascend"), strict=True)}  # fmt: skip
+    config = {"version": 1, "model": str(copy), "roles": roles, "runtime": {"dtype": "bf16"}}
+    placement = resolve(Config.from_dict(config, copy)).placement
+    a, f = (role["requantised"] for role in placement.to_json()["roles"])
+    assert a is None  # cpu stores FP8
+    assert (f["stored"], f["to"]) == ("block float8_e4m3fn", "bfloat16")
+    device, source = opened(), Checkpoint.open(copy, ModelConfig.read(copy))
+    stage_weights(device, placement.graph.by_name["ffn[1]"], source, "auto")
+    assert {e.method for e in device.manifest} <= {
+        "bfloat16 from block float8_e4m3fn", "bfloat16 from block float8_e4m3fn, transposed"
+    }  # fmt: skip
+    assert f["weights"] == sum(e.tensor.data.size for e in device.manifest) == f["bytes"] / 2
 
 
 @pytest.mark.parametrize("stored", ["float8_e4m3fn", "bfloat16"])

@@ -46,6 +46,20 @@ def test_committed_certificates_pass_and_the_page_is_made_from_them():
     assert page == ops_page.page(certificates), "run: python -m step3_hetero.conformance.ops_page"
 
 
+def test_page_says_how_weights_were_held_and_whose_reading_a_stand_in_is(cpu):
+    backend, device = cpu
+    results = [passing("linear[a]", "linear", held="bf16 from fp8"), passing(),
+               passing("linear[b]", "linear", held="bf16 from fp8")]  # fmt: skip
+    good = certify(backend, device.info, results, "full")
+    assert good.held == {"bf16 from fp8": 2}
+    page = ops_page.page([good])
+    assert "- `cpu` holds weights as: bf16 from fp8 (2 cases)." in page
+    assert "| op | cpu float32 | cpu bfloat16 |" in page
+    away = good.device.model_copy(update={"tier": "host stand-in"})
+    page = ops_page.page([good.model_copy(update={"device": away})])
+    assert "| cpu float32 (our reading of the documents) |" in page
+
+
 def test_one_failed_case_or_a_missing_op_fails_the_certificate(cpu):
     backend, device = cpu
     good = certify(backend, device.info, [passing()], "selected")

@@ -11,7 +11,7 @@ from step3_hetero.cli.check_command import command as check
 from step3_hetero.cli.plan_command import command as plan
 from step3_hetero.config import Config
 from step3_hetero.errors import ConfigError, PlacementError
-from step3_hetero.placement.plan_check import check_plan
+from step3_hetero.placement.plan_check import check_plan, only_planned
 
 pytest.importorskip("scipy")
 
@@ -122,6 +122,19 @@ REFUSED = {
 def test_what_cannot_be_is_refused_by_its_key(key, value, error, said, changed):
     with pytest.raises(error, match=said):
         check_plan(changed(key, value))
+
+
+def test_a_format_that_a_backend_lacks_keeps_a_plan_a_plan(changed):
+    def said(weights):
+        stages = ["embed", "vision", "attention", "head", "ffn[0-3,60]"]
+        return only_planned(changed("roles", {
+            "a": {"stages": stages, "backend": "cuda", "card": "h800"},
+            "f": {"stages": ["ffn"], "backend": "cuda", "card": "h800", "weights": weights},
+        }))  # fmt: skip
+
+    (why,) = said("int8")
+    assert "roles.f: cuda on" in why and "int8" in why
+    assert said("auto") == []
 
 
 def test_a_set_shared_by_two_kinds_of_attention_is_not_written_twice(tmp_path):

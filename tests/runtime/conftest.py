@@ -1,5 +1,7 @@
 """Random Step-3 checkpoints of odd shapes, and engines over them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from oracle.forward import load as load_oracle
@@ -7,6 +9,10 @@ from oracle.forward import text_forward
 from oracle.random_checkpoint import write_checkpoint
 
 from step3_hetero.api import load
+from step3_hetero.evals.digits import SINGLE, HeldOut, draw_digit
+from step3_hetero.runtime.request import Request, SamplingParams
+
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-step3-digits"
 
 ODD = {
     "hidden_size": 64,
@@ -88,3 +94,19 @@ def log_softmax():
         return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
     return apply
+
+
+@pytest.fixture
+def shadow_report():
+    """Return a function: ask four digits under a config with a shadow check; what it has seen."""
+
+    def report(config):
+        held = HeldOut.read(TINY)
+        short = SamplingParams(max_tokens=6)
+        asked = [Request(SINGLE, short, [draw_digit(pixels)]) for pixels in held.images[:4]]
+        with load(config) as engine:
+            engine.generate_all(asked)
+            (shadow,) = engine.executor.observers
+            return shadow.report()
+
+    return report

@@ -7,12 +7,10 @@ import pytest
 from step3_hetero.api import load
 from step3_hetero.config import Config
 from step3_hetero.errors import UnsupportedOp
-from step3_hetero.evals.digits import SINGLE, HeldOut, draw_digit
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.loader import stage_weights
-from step3_hetero.runtime.request import Request, SamplingParams
 from step3_hetero.runtime.resolving import resolve
 from step3_hetero.specs import EmbedSpec
 
@@ -66,15 +64,8 @@ def test_backend_without_the_format_refuses_before_weights_are_read(backend, mon
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_shadow_check_finds_nothing_beyond_rounding(backend):
+def test_shadow_check_finds_nothing_beyond_rounding(backend, shadow_report):
     given = config(backend=backend, shadow_backend="reference", shadow_sample=1.0)
-    held = HeldOut.read(TINY)
-    asked = [
-        Request(SINGLE, SamplingParams(max_tokens=6), [draw_digit(p)]) for p in held.images[:4]
-    ]
-    with load(given) as engine:
-        engine.generate_all(asked)
-        (shadow,) = engine.executor.observers
-        report = shadow.report()
+    report = shadow_report(given)
     assert report["stages"]["ffn[1]"]["checks"] >= 3
     assert report["excesses"] == 0

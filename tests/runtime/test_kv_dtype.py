@@ -4,12 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from step3_hetero.api import load
 from step3_hetero.config import Config
 from step3_hetero.errors import UnsupportedOp
-from step3_hetero.evals.digits import SINGLE, HeldOut, draw_digit
 from step3_hetero.registry import get_backend
-from step3_hetero.runtime.request import Request, SamplingParams
 from step3_hetero.runtime.resolving import resolve
 from step3_hetero.specs import CacheSpec, OpSpec
 
@@ -57,15 +54,8 @@ def test_backend_without_the_format_is_told_before_anything_is_opened():
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
-def test_shadow_check_finds_nothing_beyond_rounding(kv_dtype):
+def test_shadow_check_finds_nothing_beyond_rounding(kv_dtype, shadow_report):
     given = config(TINY, kv_dtype, shadow_backend="reference", shadow_sample=1.0)
-    held = HeldOut.read(TINY)
-    asked = [
-        Request(SINGLE, SamplingParams(max_tokens=6), [draw_digit(p)]) for p in held.images[:4]
-    ]
-    with load(given) as engine:
-        engine.generate_all(asked)
-        (shadow,) = engine.executor.observers
-        report = shadow.report()
+    report = shadow_report(given)
     assert report["checks"] > 30
     assert report["excesses"] == 0

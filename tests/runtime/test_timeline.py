@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from step3_hetero.errors import EdgeMismatch
 from step3_hetero.runtime.timeline import SEND, TAKE, Span, Timeline, spans_of
 from step3_hetero.runtime.trace_file import bubbles, chrome_trace, covered_s, lane_letters
 
@@ -44,7 +45,7 @@ def test_spans_come_back_from_a_message_by_the_readers_clock():
     assert timeline.spans() == []
     assert spans_of(told) == [Span("f:0", SEND, "ffn[1]", 0, 1.0, 2.0, 64, 9)]
     assert spans_of(told, -0.5)[0].start_s == 0.5
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(EdgeMismatch, match="not told in spans"):
         spans_of([["f:0", SEND]])
 
 
