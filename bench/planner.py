@@ -197,25 +197,29 @@ def predicted_and_measured(config: str, name: str) -> dict[str, Any]:
 
 
 def profiles_of(resolved: Any) -> dict[str, Any]:
-    """Measure each backend of a placement on the stages that run on it."""
+    """Measure a placement's stages in the order in which they run, each on its role's device."""
     from dataclasses import replace
 
-    from step3_hetero.placement.profile_measure import Bench, Clock, measure, with_stages
+    from step3_hetero.placement.profile_measure import Bench, Clock, measure
     from step3_hetero.placement.profile_predict import measure_engine
+    from step3_hetero.placement.profile_stages import Seat, measure_stages, with_stages
     from step3_hetero.registry import get_backend
 
     dtype = resolved.graph.by_name["head"].spec.dtype
     around = measure_engine(resolved.model, resolved.placement, (BATCH,))
-    found = {}
+    seats: dict[str, Seat] = {}
     for role in resolved.placement.roles.values():
-        backend = role.backend.name
-        bench = Bench(get_backend(backend).open(role.index, role.options), dtype, Clock())
-        mine = {r.name for r in resolved.placement.roles.values() if r.backend.name == backend}
-        role_of = resolved.placement.role_of
-        stages = [s for s in resolved.graph.stages if role_of[s.name] in mine]
-        whole = with_stages(
-            measure(bench, backend, None), bench, stages, role.weight_format, PROMPT + DECODE
-        )
+        if role.backend.name not in seats:
+            device = get_backend(role.backend.name).open(role.index, role.options)
+            seats[role.backend.name] = Seat(Bench(device, dtype, Clock()), role.weight_format)
+    stages, placed = resolved.graph.stages, resolved.placement
+    seat_of = {s.name: seats[placed.roles[placed.role_of[s.name]].backend.name] for s in stages}
+    measured = measure_stages(stages, seat_of, PROMPT + DECODE, (BATCH,))
+    found = {}
+    for backend, seat in seats.items():
+        mine = [s for s in stages if seat_of[s.name] is seat]
+        device_alone = measure(seat.bench, backend, None)
+        whole = with_stages(device_alone, seat, mine, measured[seat], (BATCH,))
         found[backend] = replace(whole, step_s=around)
     return found
 

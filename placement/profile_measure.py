@@ -1,37 +1,22 @@
-"""Measuring a device through its contract: products, attention, whole stages of a model."""
+"""Measuring a device through its contract: products, attention, copies, the choice of tokens."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 
 from step3_hetero.backend import Array, BatchMeta, Device
-from step3_hetero.graph import GraphStage
 from step3_hetero.placement.profile_file import Profile
-from step3_hetero.runtime.loader import open_cache, stage_weights
-from step3_hetero.specs import (
-    LOGICAL_BLOCK,
-    AttentionSpec,
-    CacheSpec,
-    FfnSpec,
-    HeadSpec,
-    HostTensor,
-    Limits,
-    OpSpec,
-)
+from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostTensor, OpSpec
 
 ROWS = (1, 4, 16, 64)
 CONTEXTS = (128, 512, 2048)
 STAGE_ROWS = (1, 2, 4, 8, 16, 32)
-STAGE_CONTEXTS = (32, 128, 512, 2048)
-ALIKE = 4
-"""Stages of one kind that are built, each with weights of its own."""
-
 WIDTH = 2048
 """Of the square matrix that is multiplied: 8 MB in bfloat16, more than a core's cache."""
 
@@ -43,6 +28,9 @@ RUNS = 7
 
 LEAST_S = 0.002
 """Runs shorter than this are repeated until they take as long."""
+
+ROUNDS_S = 0.2
+"""Rounds of actions in turn are repeated for as long: a machine's pace drifts within less."""
 
 SEED = 0x57E3
 
@@ -59,16 +47,20 @@ class Clock:
         return median(self._run(action, times) for _ in range(RUNS))
 
     def in_turn(self, actions: Sequence[Callable[[], Any]]) -> list[float]:
-        """Return the median seconds of each action, all run one after another, round after round.
+        """Return the mean seconds of each action, all run one after another, round after round.
 
         That is how an engine runs the stages of a model: none finds its weights in a cache that it
-        has just filled itself.
+        has just filled itself. A step is a round: its time is a sum, which medians of single
+        actions do not add up to, so the means of the middle half of the rounds stand.
         """
         rounds: list[list[float]] = []
         started = time.perf_counter()
-        while len(rounds) <= RUNS or time.perf_counter() - started < LEAST_S * len(actions):
+        while len(rounds) <= RUNS or time.perf_counter() - started < ROUNDS_S:
             rounds.append([self._run(action, 1) for action in actions])
-        return [median(times) for times in zip(*rounds[1:], strict=True)]
+        by_total = sorted(rounds[1:], key=sum)
+        quarter = len(by_total) // 4
+        middle = by_total[quarter : len(by_total) - quarter]
+        return [mean(times) for times in zip(*middle, strict=True)]
 
     @staticmethod
     def _run(action: Callable[[], Any], times: int) -> float:
@@ -168,103 +160,6 @@ def decode_meta(rows: int, context: int) -> BatchMeta:
     )
 
 
-class RandomSource:
-    """Weights of the right shapes: what a stage costs does not depend on their values."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
-        self._draw = np.random.default_rng(SEED)
-
-    def tensor(self, name: str) -> HostTensor:
-        """Return one weight, small so that nothing overflows."""
-        values = self._draw.standard_normal(self._shapes[name], np.float32) * np.float32(0.02)
-        return HostTensor(name, values)
-
-
-def stage_key(stage: GraphStage) -> str:
-    """Return what makes two stages cost the same: kind and sizes."""
-    return f"{stage.spec!r}"
-
-
-def measure_stages(
-    bench: Bench,
-    stages: Sequence[GraphStage],
-    weight_format: str,
-    longest: int,
-    rows: Sequence[int] = STAGE_ROWS,
-) -> list[dict[str, Any]]:
-    """Measure each kind of stage at several batches and, for attention, contexts.
-
-    The stages of a kind, up to `ALIKE` of them, take turns with all others.
-    """
-    held = [s for s in stages if s.kind != "vision"]
-    alike: dict[str, list[GraphStage]] = {}
-    for stage in held:
-        alike.setdefault(stage_key(stage), []).append(stage)
-    kept = [s for s in held if s in alike[stage_key(s)][:ALIKE]]
-    runners = [_Runner(bench, s, weight_format, longest, max(rows)) for s in kept]
-    contexts = [c for c in STAGE_CONTEXTS if c < longest] + [longest]
-    found: list[dict[str, Any]] = []
-    for count in rows:
-        for context in contexts:
-            times = bench.clock.in_turn([run.action(count, context) for run in runners])
-            for key, (first, *_) in alike.items():
-                if context != contexts[0] and first.kind != "attention":
-                    continue
-                mine = [t for t, s in zip(times, kept, strict=True) if stage_key(s) == key]
-                found.append(
-                    {
-                        "kind": first.kind, "key": key, "rows": count, "context": context,
-                        "seconds": sum(mine) / len(mine),
-                    }
-                )  # fmt: skip
-    return found
-
-
-class _Runner:
-    """One stage, built as the engine builds it, with random weights."""
-
-    def __init__(
-        self, bench: Bench, stage: GraphStage, weight_format: str, longest: int, rows: int
-    ) -> None:
-        shapes = {t: p.shapes[k] for p in stage.params for k, t in p.tensors.items()}
-        self.bench, self.node = bench, stage
-        blocks = -(-longest // LOGICAL_BLOCK)
-        weights = stage_weights(bench.device, stage, RandomSource(shapes), weight_format)
-        cache = open_cache(bench.device, stage, blocks * rows)
-        limits = Limits(tokens=rows, seqs=rows, blocks_per_seq=blocks)
-        self.stage = bench.device.build(stage.spec, weights, cache, limits)
-
-    def action(self, rows: int, context: int) -> Callable[[], None]:
-        """Return one run on ``rows`` sequences of ``context`` tokens."""
-        meta = decode_meta(rows, context)
-        fixed = {t.name: self._input(t.name, rows) for t in self.node.takes if t.name != "x"}
-        if self.node.kind == "head":
-            fixed["rows"] = self.bench.device.from_host(np.arange(rows, dtype=np.int32))
-        if self.node.kind == "embed":
-            ids = np.arange(rows, dtype=np.int32)
-            fixed = {"token_ids": self.bench.device.from_host(ids)}
-        hidden = getattr(self.node.spec, "hidden", SMALL)
-        needs_x = any(t.name == "x" for t in self.node.takes)
-        x = self.bench.array(rows, hidden)
-
-        def run() -> None:
-            self.stage.plan(meta)
-            self.stage.run({**fixed, **({"x": x} if needs_x else {})})
-
-        return run
-
-    def _input(self, name: str, rows: int) -> Array:
-        spec = self.node.spec
-        if name == "ids" and isinstance(spec, FfnSpec):
-            draw = np.random.default_rng(SEED)
-            ids = [draw.permutation(spec.experts)[: spec.top_k] for _ in range(rows)]
-            return self.bench.device.from_host(np.array(ids, np.int32))
-        if name == "weights" and isinstance(spec, FfnSpec):
-            return self.bench.array(rows, spec.top_k)
-        return self.bench.array(rows, getattr(spec, "hidden", SMALL))
-
-
 def measure_crossing(
     bench: Bench, hidden: int, rows: Sequence[int] = STAGE_ROWS
 ) -> list[dict[str, Any]]:
@@ -304,18 +199,3 @@ def measure_choosing(
 
         found.append({"rows": count, "seconds": bench.clock.seconds(choose)})
     return found
-
-
-def with_stages(
-    profile: Profile, bench: Bench, stages: Sequence[GraphStage], weight_format: str, longest: int
-) -> Profile:
-    """Return a profile that also knows the stages of a model."""
-    attention = [s.spec for s in stages if isinstance(s.spec, AttentionSpec)]
-    heads = [s.spec for s in stages if isinstance(s.spec, HeadSpec)]
-    hidden = attention[0].hidden if attention else getattr(stages[0].spec, "hidden", SMALL)
-    return replace(
-        profile,
-        stages=measure_stages(bench, stages, weight_format, longest),
-        choose=measure_choosing(bench, heads[0].vocab) if heads else [],
-        crossing=measure_crossing(bench, hidden),
-    )

@@ -17,7 +17,8 @@ from step3_hetero.errors import PlacementError
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.model.image import ImageConfig
 from step3_hetero.placement.profile_file import Profile
-from step3_hetero.placement.profile_measure import STAGE_ROWS, stage_key
+from step3_hetero.placement.profile_measure import STAGE_ROWS
+from step3_hetero.placement.profile_stages import stage_key
 from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.executor import Executor

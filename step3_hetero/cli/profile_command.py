@@ -75,8 +75,8 @@ def _measured(
 def _with_model(profile: Profile, bench: Any, backend: str, config: str) -> Profile:
     """Add the stages of a config's model, as this backend would run all of them."""
     from step3_hetero.config import Config
-    from step3_hetero.placement.profile_measure import with_stages
     from step3_hetero.placement.profile_predict import measure_engine
+    from step3_hetero.placement.profile_stages import Seat, measure_stages, with_stages
     from step3_hetero.runtime.resolving import resolve
 
     resolved = resolve(Config.read(Path(config)))
@@ -86,8 +86,9 @@ def _with_model(profile: Profile, bench: Any, backend: str, config: str) -> Prof
     ]
     longest = min(resolved.model.text.max_positions, LONGEST)
     stages = [stage for stage in resolved.graph.stages if stage.kind != "vision"]
-    bench = replace(bench, dtype=dtype)
-    held = with_stages(profile, bench, stages, formats[0] if formats else "auto", longest)
+    seat = Seat(replace(bench, dtype=dtype), formats[0] if formats else "auto")
+    measured = measure_stages(stages, {s.name: seat for s in stages}, longest)[seat]
+    held = with_stages(profile, seat, stages, measured)
     return replace(held, step_s=measure_engine(resolved.model, resolved.placement))
 
 

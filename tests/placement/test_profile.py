@@ -20,13 +20,13 @@ from step3_hetero.placement.profile_measure import (
     decode_meta,
     measure,
     measure_choosing,
-    measure_stages,
-    stage_key,
 )
 from step3_hetero.placement.profile_predict import at, measure_engine, step_seconds, tokens_per_s
+from step3_hetero.placement.profile_stages import ALIKE, Seat, measure_stages, stage_key
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.placing import place
 
+BACKENDS = ("cpu", "reference")
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits.yaml"
 
 
@@ -130,9 +130,10 @@ def profiles(digits, profile):
     """One profile for each backend; the stages are built and run once for each size."""
     placement = digits[1]
     found = {}
-    for name in ("cpu", "reference"):
+    for name in BACKENDS:
         bench = Bench(get_backend(name).open(0), "float32", Counting())
-        stages = measure_stages(bench, placement.graph.stages, "auto", 64, rows=(1, 2))
+        seat, every = Seat(bench), placement.graph.stages
+        stages = measure_stages(every, {s.name: seat for s in every}, 64, rows=(1, 2))[seat]
         crossing = [{"rows": n, "columns": 128, "seconds": 1e-5} for n in (1, 2)]
         found[name] = replace(
             profile, backend=name, stages=stages, crossing=crossing,
@@ -147,6 +148,44 @@ def test_every_kind_of_stage_is_measured_once(digits, profiles):
     for found in profiles.values():
         assert {e["key"] for e in found.stages} == keys
         assert {e["kind"] for e in found.stages} == {"embed", "attention", "ffn", "head"}
+
+
+class Ordered(Counting):
+    """Runs a round of actions once, for as many seconds as its place in the round says."""
+
+    def in_turn(self, actions):
+        for action in actions:
+            action()
+        return [float(place) for place in range(len(actions))]
+
+
+def test_stages_of_two_backends_take_turns_in_the_order_of_the_model(digits):
+    placement = digits[1]
+    seats = {n: Seat(Bench(get_backend(n).open(0), "float32", Ordered())) for n in BACKENDS}
+    seat_of = {
+        s.name: seats[placement.roles[placement.role_of[s.name]].backend.name]
+        for s in placement.graph.stages
+    }
+    found = measure_stages(placement.graph.stages, seat_of, 32, rows=(1,))
+    order = [s.name for s in placement.graph.stages if s.kind != "vision"]
+    for backend, seat in seats.items():
+        for entry in found[seat]:
+            mine = [
+                s.name for s in placement.graph.stages
+                if seat_of[s.name] is seat and stage_key(s) == entry["key"]
+            ][:ALIKE]  # fmt: skip
+            places = [order.index(name) for name in mine]
+            assert entry["seconds"] == sum(places) / len(places), (backend, mine)
+    assert {e["kind"] for e in found[seats["reference"]]} == {"ffn"}
+
+
+def test_seconds_in_turn_are_means_of_the_rounds_in_the_middle(monkeypatch):
+    totals = iter([9.0, 50.0, 50.0, *[1.0] * 8, 3.0, 3.0])  # the first does not count
+    clock = Clock()
+    monkeypatch.setattr(clock, "_run", lambda action, times: next(totals), raising=False)
+    passed = iter([0.0, *[0.0] * 5, 9.0])  # eight rounds come first, whatever they take
+    monkeypatch.setattr("time.perf_counter", lambda: next(passed))
+    assert clock.in_turn([lambda: None]) == [pytest.approx((1.0 * 5 + 3.0) / 6)]
 
 
 def test_step_is_the_sum_of_its_stages_copies_and_the_engine(digits, profiles):
