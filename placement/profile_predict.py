@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from step3_hetero.errors import PlacementError
+from step3_hetero.graph import GraphStage
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.model.image import ImageConfig
 from step3_hetero.placement.profile_file import Profile
@@ -55,18 +56,27 @@ def step_seconds(
         if stage.kind == "vision":
             continue
         profile = _profile(placement, profiles, stage.name)
-        rows = [e for e in profile.stages if e["key"] == stage_key(stage)]
-        if not rows:
-            raise PlacementError(
-                f"the profile of {profile.backend} does not know stage {stage.name}; measure it "
-                "with step3-hetero profile --config and the config to be predicted"
-            )
-        total += at(rows, batch, context)
+        total += stage_seconds(profile, stage, batch, context)
     for edge in placement.crossing():
         profile = _profile(placement, profiles, edge.source)
         total += at(profile.crossing, batch, 1) * len(edge.tensors)
     head = _profile(placement, profiles, "head")
     return total + at(head.choose, batch, 1) + at(head.step_s, batch, 1)
+
+
+def stage_seconds(profile: Profile, stage: GraphStage, rows: int, context: int) -> float:
+    """Return the seconds of one stage on ``rows`` tokens of sequences of ``context`` tokens.
+
+    Raises:
+        PlacementError: the stage was not measured.
+    """
+    entries = [e for e in profile.stages if e["key"] == stage_key(stage)]
+    if not entries:
+        raise PlacementError(
+            f"the profile of {profile.backend} does not know stage {stage.name}; measure it "
+            "with step3-hetero profile --config and the config to be predicted"
+        )
+    return at(entries, rows, context)
 
 
 def _profile(placement: Placement, profiles: Mapping[str, Profile], stage: str) -> Profile:

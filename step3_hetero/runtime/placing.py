@@ -147,10 +147,11 @@ class Placement:
         for edge in self.crossing():
             key = (edge.kind, self.role_of[edge.source], self.role_of[edge.target])
             count, nbytes = found.get(key, (0, 0))
-            found[key] = (count + 1, nbytes + self._edge_bytes(edge))
+            found[key] = (count + 1, nbytes + self.edge_bytes(edge))
         return found
 
-    def _edge_bytes(self, edge: Edge) -> int:
+    def edge_bytes(self, edge: Edge) -> int:
+        """Return the bytes of one token on an edge, as the activations' dtype has them."""
         sizes = _dimensions(self.graph)
         return sum(
             int(np.prod([sizes[d] for d in t.dims[1:]])) * itemsize(t.dtype) for t in edge.tensors
