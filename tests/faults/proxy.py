@@ -165,13 +165,12 @@ class FaultyProxy:
         def deliver(data: bytes) -> None:
             while time.monotonic() < self._stalled_until and not (pair.spared or pair.broken):
                 time.sleep(PAUSE_S)
+            with self._lock:
+                self.nbytes[direction] += len(data)
             try:
                 sink.sendall(data)
             except OSError:
                 pair.close()
-                return
-            with self._lock:
-                self.nbytes[direction] += len(data)
 
         return deliver
 
@@ -181,10 +180,10 @@ class FaultyProxy:
             for nbytes in (HELLO.size, PROOF_BYTES):
                 delay.put(_exactly(source, nbytes), nbytes, 60)
             while True:
-                frame = bytearray(self._frame(source, pair, direction))
-                delay.put(bytes(frame), len(frame), 60)
+                frame = self._frame(source, pair, direction)
                 with self._lock:
                     self.frames[direction] += 1
+                delay.put(frame, len(frame), 60)
         except (OSError, EOFError):
             delay.close()
             pair.close()

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "examples" / "digits.yaml"
 PICTURES = sorted((ROOT / "examples" / "digits").glob("*.png"))
 TOGETHER = {"roles__f__backend": "cpu", "runtime__batch_invariant": True}
-APART = {**TOGETHER, "runtime__processes": "per-role", "transport__kind": "tcp"}
+APART = {
+    **TOGETHER,
+    "runtime__processes": "per-role",
+    "transport__kind": "tcp",
+    "transport__deadline_s": 8.0,  # a busy machine is no fault
+}
 STAGE_BYTES = 1500
 """A frame of a stage's tensors is larger than this, a sign of life far smaller."""
 
