@@ -17,10 +17,13 @@ MOST_WAITING = 32
 
 
 class Delay(Generic[Item]):
-    """One direction of a link: bytes after bytes over the wire, all of them late by its latency."""
+    """One direction of a link: bytes after bytes over the wire, all of them late by its latency.
+
+    ``link`` may be changed at any time, for what is put in from then on.
+    """
 
     def __init__(self, link: Link, deliver: Callable[[Item], None], name: str) -> None:
-        self._link = link
+        self.link = link
         self._deliver = deliver
         self._waiting: deque[tuple[float, Item]] = deque()
         self._changed = threading.Condition()
@@ -35,8 +38,8 @@ class Delay(Generic[Item]):
             if not self._changed.wait_for(self._has_room, deadline_s):
                 return False
             begin_s = max(time.monotonic(), self._free_s)
-            self._free_s = begin_s + self._link.wire_s(nbytes)
-            self._waiting.append((self._free_s + self._link.latency_s, item))
+            self._free_s = begin_s + self.link.wire_s(nbytes)
+            self._waiting.append((self._free_s + self.link.latency_s, item))
             self._changed.notify_all()
         return True
 

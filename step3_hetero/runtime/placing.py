@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
 from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits, itemsize, weight_bytes
 
-DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64", "fp8": "float8_e4m3fn"}
 """NumPy's names for the config's dtypes."""
 
 KV_DTYPE = {"auto": "", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
@@ -186,7 +186,7 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
         blocks_per_seq=blocks_for(model.text.max_positions),
     )
     placement = Placement(graph, roles, role_of, limits, _kv_blocks(config, roles, limits))
-    check_memory(config, placement, emulated=True)
+    check_emulated_memory(config, placement)
     return placement
 
 
@@ -262,39 +262,50 @@ def _domains(roles: Mapping[str, RolePlan]) -> list[list[RolePlan]]:
     return list(found.values())
 
 
-def overfull(placement: Placement, *, emulated: bool = False) -> list[str]:
-    """Say of each memory that cannot hold what is placed in it what is asked and what is there.
+def overfull(placement: Placement) -> list[str]:
+    """Say of each memory that cannot hold what is placed in it what is asked and what is there."""
+    return [said for _, said in _overfull(placement)]
 
-    ``emulated``: of those alone that belong to an emulated card.
-    """
-    said = []
+
+def _overfull(placement: Placement) -> Iterator[tuple[RolePlan, str]]:
+    """Yield the first role of each such memory, and what is said of it."""
     for shared in _domains(placement.roles):
-        if emulated and not shared[0].emulated:
-            continue
         weights = sum(r.weight_bytes for r in shared)
         kv = sum(r.kv_bytes_per_block for r in shared) * placement.kv_blocks
         there = shared[0].info.memory_bytes
         if weights + kv > there:
             names = ", ".join(r.name for r in shared)
-            said.append(
+            yield (
+                shared[0],
                 f"roles {names} on {shared[0].info.name}: {weights:,} bytes of weights and {kv:,} "
-                f"of KV cache ({placement.kv_blocks} blocks) into {there:,} bytes"
+                f"of KV cache ({placement.kv_blocks} blocks) into {there:,} bytes",
             )
-    return said
 
 
-def check_memory(config: Config, placement: Placement, *, emulated: bool = False) -> None:
-    """Refuse a placement that some memory cannot hold; with ``emulated``, that of such a card.
+def check_memory(config: Config, placement: Placement) -> None:
+    """Refuse a placement that some memory cannot hold.
 
     Raises:
         PlacementError: naming the roles, the bytes asked and the bytes there are.
     """
-    for said in overfull(placement, emulated=emulated):
+    for role, said in _overfull(placement):
         asked = config.runtime.kv_blocks != "auto"
         where = config.where("runtime.kv_blocks" if asked else "roles")
         todo = "lower runtime.kv_blocks or spread the stages" if asked else "spread the stages"
-        todo = f"raise emulate.memory, {todo}" if emulated else todo
+        if role.emulated:
+            where = config.where(f"roles.{role.name}.emulate")
+            todo = f"raise roles.{role.name}.emulate.memory, {todo}"
         raise PlacementError(f"{where}: does not fit: {said}; {todo} over more devices")
+
+
+def check_emulated_memory(config: Config, placement: Placement) -> None:
+    """Refuse what an emulated card cannot hold; of other memory here, this machine may be no judge.
+
+    Raises:
+        PlacementError: as ``check_memory``.
+    """
+    roles = {name: role for name, role in placement.roles.items() if role.emulated}
+    check_memory(config, replace(placement, roles=roles))
 
 
 def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
