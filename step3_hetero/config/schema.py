@@ -131,6 +131,14 @@ class Emulate(_Section):
     """Seconds that an edge to another device takes beyond its bytes, each way."""
     bytes_per_s: Annotated[float, Field(gt=0)] | None = None
     """What an edge carries each way; None: as fast as it goes."""
+    corrupt_every: Count | None = None
+    """Of the frames with tensors that come over an edge, each so-manyth arrives damaged."""
+    cut_every: Count | None = None
+    """An edge's connection is cut each time so many of them have come."""
+
+
+FAULTS = ("corrupt_every", "cut_every")
+"""Keys of `Emulate` that harm the edges between processes."""
 
 
 class Role(_Section):
@@ -312,6 +320,11 @@ class Config(_Section):
             message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
             yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
         for name, role in self.roles.items():
+            for fault in FAULTS if self.runtime.processes == "one" and role.emulate else ():
+                if (every := getattr(role.emulate, fault)) is not None:
+                    place = self._document.place(("roles", name, "emulate", fault))
+                    message = f"roles.{name}.emulate.{fault}: {every} refused: there are no frames"
+                    yield Problem(place, f"{message} with runtime.processes: one; use per-role")
             if self.runtime.processes == "one" and role.instances > 1:
                 place = self._document.place(("roles", name, "instances"))
                 message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"

@@ -73,7 +73,7 @@ def _check_weights(config: Config, name: str, role: Role, card: Card) -> None:
 
 
 def links_from(config: Config, name: str) -> Mapping[str, Link]:
-    """Return what joins a role to each other one, where either of the two slows its edges.
+    """Return what joins a role to each other one, where either slows its edges or harms them.
 
     Raises:
         ConfigError: signs of life would take as long as the deadline after which a role is lost.
@@ -97,4 +97,4 @@ def links_from(config: Config, name: str) -> Mapping[str, Link]:
                 f"{2 * link.latency_s:g} s; allowed: less than transport.deadline_s, which is "
                 f"{deadline_s:g}",
             )
-    return {other: link for other, link in found.items() if link.slows}
+    return {other: link for other, link in found.items() if link.slows or link.harms}

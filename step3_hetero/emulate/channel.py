@@ -7,6 +7,7 @@ own let time pass: who computes while a frame is on its way loses nothing.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ class EmulatedChannel(Channel):
     def __init__(self, inner: Channel, link: Link) -> None:
         self.peer = inner.peer
         self._inner = inner
+        self._link = link
+        self._counted = 0
         self._closed = False
         self._failed: Step3HeteroError | None = None
         self._came: deque[Came] = deque()
@@ -102,7 +105,7 @@ class EmulatedChannel(Channel):
         """Take frames in as they come, and send them on the rest of their way."""
         while not self._closed:
             try:
-                came: Came = _copied(self._inner.receive(TICK_S))
+                came: Came = self._harmed(_copied(self._inner.receive(TICK_S)))
             except TransportTimeout:
                 continue
             except Step3HeteroError as error:
@@ -111,7 +114,26 @@ class EmulatedChannel(Channel):
             while not self._closed and not self._in.put(came, size, TICK_S):
                 pass
             if not isinstance(came, Frame | CorruptFrame):
+                self._failed = self._failed or came
                 return
+
+    def _harmed(self, frame: Frame) -> Frame:
+        """Count a frame with tensors; see that what the link does to it is told and done.
+
+        Raises:
+            CorruptFrame: it is one that arrives damaged.
+            RoleLost: it was the last before the connection is cut.
+        """
+        self._counted += bool(frame.parts)
+        for every, error, what in (
+            (self._link.cut_every, RoleLost, "cut"),
+            (self._link.corrupt_every, CorruptFrame, "damaged"),
+        ):
+            if frame.parts and every and self._counted % every == 0:
+                said = f"emulated link to {self.peer}: {what} at frame {self._counted}"
+                print(said, file=sys.stderr, flush=True)
+                raise error(said)
+        return frame
 
     def _arrive(self, came: Came) -> None:
         with self._arrived:

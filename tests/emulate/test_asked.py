@@ -83,7 +83,12 @@ A_KEY = "run.yaml:7: roles.a.emulate"
         (F_CARD, "", "run.yaml:11: missing key 'card' in roles.f.emulate"),
         (F_CARD, F_CARD + "      loss: 0.1\n",
          "run.yaml:13: unknown key 'loss' in roles.f.emulate; keys: card, memory, slow, latency_s, "
-         "bytes_per_s"),
+         "bytes_per_s, corrupt_every, cut_every"),
+        ("      memory: 0.001", "      cut_every: 0",
+         "run.yaml:13: roles.f.emulate.cut_every: 0 is too small; from 1"),
+        ("      memory: 0.001", "      corrupt_every: 9",
+         "run.yaml:13: roles.f.emulate.corrupt_every: 9 refused: there are no frames with "
+         "runtime.processes: one; use per-role"),
         ("      memory: 0.001", "      memory: -0.001",
          "run.yaml:13: roles.f.emulate.memory: -0.001 is too small; more than 0"),
         ("      memory: 0.001", "      memory: 2",
@@ -162,11 +167,15 @@ def test_memory_of_the_card_is_enforced_by_check(read):
 
 def test_blocks_fill_the_cards_memory_and_not_the_hosts(read):
     few = resolve(read(("kv_blocks: 10", "kv_blocks: auto")))
-    more = resolve(read(("kv_blocks: 10", "kv_blocks: auto"), ("h800, memory: 0.001", "h800, memory: 0.004")))
+    more = resolve(
+        read(("kv_blocks: 10", "kv_blocks: auto"), ("h800, memory: 0.001", "h800, memory: 0.004"))
+    )
     assert few.placement.kv_blocks < more.placement.kv_blocks
     (role, _) = few.placement.roles.values()
     # By hand: two fifths of what the weights leave of 80 MB, over the bytes of a block.
-    assert few.placement.kv_blocks == int((80e6 - role.weight_bytes) * 0.4) // role.kv_bytes_per_block
+    assert (
+        few.placement.kv_blocks == int((80e6 - role.weight_bytes) * 0.4) // role.kv_bytes_per_block
+    )
 
 
 def test_two_cards_on_one_host_are_two_devices(read):

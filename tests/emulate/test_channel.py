@@ -172,6 +172,33 @@ def test_bytes_that_are_no_frame_end_the_channel():
     one.close()
 
 
+def test_each_so_manyth_frame_with_tensors_arrives_damaged(capsys):
+    sign_of_life = Frame(1, 0, 0, b"{}")
+    came = [frame(1), sign_of_life, frame(2), sign_of_life, frame(3), frame(4), frame(5)]
+    one = EmulatedChannel(Broken(*came), Link(corrupt_every=2))
+    found = []
+    for _ in came:
+        try:
+            found.append(one.receive(10).seq)
+        except CorruptFrame:
+            found.append("damaged")
+    assert found == [1, 0, "damaged", 0, 3, "damaged", 5]
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"emulated link to nobody: damaged at frame {n}" for n in (2, 4)]
+    one.close()
+
+
+def test_a_connection_is_cut_when_so_many_frames_have_come():
+    one = EmulatedChannel(Broken(frame(1), frame(2), frame(3)), Link(cut_every=2))
+    assert one.receive(10).seq == 1
+    for _ in range(2):
+        with pytest.raises(RoleLost, match="cut at frame 2"):
+            one.receive(10)
+    with pytest.raises(RoleLost, match="cut at frame 2"):
+        one.send(frame(4), 1)
+    one.close()
+
+
 def test_that_the_peer_is_gone_is_told_by_a_later_send():
     one = EmulatedChannel(Broken(), Link(0.01))
     one.send(frame(1), 5)

@@ -94,7 +94,9 @@ def test_casts_to_what_the_card_lacks_are_refused_and_others_are_the_hosts(backe
     h800, ascend = device("h800", backend), device("ascend-910b", backend)
     host = get_backend(backend).open(0)
     for dtype in ("float8_e4m3fn", "int8"):
-        got = [h800.to_host(part) for part in h800.kernel("quantise")(h800.from_host(x), dtype=dtype)]
+        got = [
+            h800.to_host(part) for part in h800.kernel("quantise")(h800.from_host(x), dtype=dtype)
+        ]
         want = [host.to_host(p) for p in host.kernel("quantise")(host.from_host(x), dtype=dtype)]
         assert all(np.array_equal(g.view(np.uint8), w.view(np.uint8)) for g, w in zip(got, want))
     for op in ("cast", "quantise"):
@@ -139,7 +141,9 @@ def test_stages_are_slowed_only_where_asked(graph, checkpoint):
     node = graph.by_name["embed"]
     for slow, kind in ((1.0, False), (2.0, True)):
         target = device(slow=slow)
-        stage = target.build(node.spec, stage_weights(target, node, checkpoint, "auto"), None, LIMITS)
+        stage = target.build(
+            node.spec, stage_weights(target, node, checkpoint, "auto"), None, LIMITS
+        )
         assert isinstance(stage, SlowStage) is kind
 
 
@@ -149,6 +153,8 @@ def test_latencies_add_up_and_the_narrower_end_sets_the_rate():
     assert Link.between(one, other) == Link(0.12000000000000001, 5e5)
     assert Link.between(one, None) == Link(0.1, 1e6)
     assert not Link.between(card("h20").asked, None).slows
+    harmful = card("h20", cut_every=9).asked, card("h800", cut_every=5, corrupt_every=7).asked
+    assert Link.between(*harmful) == Link(corrupt_every=7, cut_every=5)
 
 
 def test_bytes_between_two_devices_of_one_process_take_their_time():

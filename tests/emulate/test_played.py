@@ -11,6 +11,9 @@ import pytest
 from step3_hetero import SamplingParams, load
 from step3_hetero.cli.backends_command import _describe
 from step3_hetero.config import Config
+from step3_hetero.conformance.certificate import certify
+from step3_hetero.conformance.ops_page import page
+from step3_hetero.registry import get_backend
 from step3_hetero.runtime.resolving import open_devices, resolve
 
 pytest.importorskip("torch")
@@ -40,7 +43,7 @@ def test_check_shows_the_cards_and_says_that_they_are_emulated():
     assert (a["memory_bytes"], f["memory_bytes"]) == (80_000_000, 64_000_000)
     assert f["emulated"] == {
         "card": "ascend-910b", "memory": 0.001, "slow": 2.0, "latency_s": 0.0005,
-        "bytes_per_s": 2.5e7,
+        "bytes_per_s": 2.5e7, "corrupt_every": None, "cut_every": None,
     }  # fmt: skip
     assert (f["weights"], f["requantised"]["to"]) == ("int8", "int8")
     shown = run("check", EMULATED)
@@ -78,9 +81,35 @@ def test_late_edges_cost_their_time_and_change_no_token(processes):
     assert took_s >= len(slow) * 2 * 2 * 0.1
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"), [("corrupt_every", "damaged at frame 5"), ("cut_every", "cut at frame 5")]
+)
+def test_faults_change_no_answer_and_are_told(fault, told, capfd):
+    def answered(emulate):
+        changes = {"roles__f__emulate": emulate, "runtime__processes": "per-role"}
+        with load(EMULATED, **changes) as engine:
+            params = SamplingParams(max_tokens=10, ignore_eos=True)
+            return engine.generate(QUESTION, params, images=[SEVEN]).token_ids
+
+    undisturbed = answered({"card": "ascend-910b"})
+    assert "emulated link" not in capfd.readouterr().err
+    assert answered({"card": "ascend-910b", fault: 5}) == undisturbed
+    assert told in capfd.readouterr().err
+
+
 def test_an_emulated_card_is_never_listed_as_a_device():
     resolved = resolve(Config.read(EMULATED))
     devices = open_devices(resolved).values()
     assert {device.info.tier for device in devices} == {"emulated"}
     listed = [d["name"] for name in ("cpu", "reference") for d in _describe(name)["devices"]]
     assert listed == ["cpu:0", "reference:0"]
+
+
+def test_a_certificate_of_an_emulated_card_is_not_of_its_hardware():
+    backend = get_backend("cpu")
+    (device, *_) = open_devices(resolve(Config.read(EMULATED))).values()
+    made = certify(backend, device.info, [], "selected")
+    assert made.device.tier == "emulated"
+    shown = page([made])
+    assert "none of its kernels | emulated |" in shown
+    assert "its own hardware" not in shown
