@@ -2,18 +2,13 @@
 
 import pytest
 
-from step3_hetero.config import Emulate
-from step3_hetero.emulate.card import EmulatedCard, dtypes_of, listed
+from emulate.cards import card
+from step3_hetero.emulate.card import dtypes_of, listed
 from step3_hetero.placement.catalogue import Catalogue
 from step3_hetero.registry import get_backend
 from step3_hetero.specs import OpSpec
 
 FP8, INT8 = "float8_e4m3fn", "int8"
-
-
-def card(name, number=0, **asked):
-    found = listed(name)
-    return EmulatedCard(found, Emulate(card=name, **asked), number, dtypes_of(found))
 
 
 @pytest.mark.parametrize("name", Catalogue.read().names())

@@ -103,7 +103,7 @@ def test_the_descriptor_is_readable_once_a_frame_is_there_and_not_before(ends_ov
 
 def test_a_link_that_is_full_is_told_by_the_deadline(ends_over):
     one, _ = ends_over(Link(30.0))
-    with pytest.raises(TransportTimeout, match="took nothing for 0.1 s"):
+    with pytest.raises(TransportTimeout, match=r"took nothing for 0\.1 s"):
         for seq in range(MOST_WAITING + 1):
             one.send(frame(seq), 0.1)
 

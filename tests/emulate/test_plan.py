@@ -22,7 +22,7 @@ def commands():
     """Return the commands of the page's section on plans, as lists of words."""
     section = PAGE.split("## Playing a plan")[1].split("\n## ")[0]
     lines = re.findall(r"```\n(.*?)```", section, re.S)[0].replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("step3-hetero ")]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("step3-hetero ")]
 
 
 def run(words, folder):

@@ -7,7 +7,6 @@ import os
 import threading
 
 from faults.proxy import FaultyProxy
-
 from step3_hetero.afd import local
 
 

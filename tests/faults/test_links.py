@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+
 from faults.between import put_between
 from faults.proxy import BACK, THERE
-
 from step3_hetero import SamplingParams, load
 from step3_hetero.runtime.request import Request
 

@@ -1,11 +1,11 @@
-"""The tools of the fault suites do what they say: nothing lost unasked, each fault seen as itself."""
+"""The proxy does what it says: nothing is lost unasked, and each fault is seen as itself."""
 
 import threading
 import time
 
 import pytest
-from faults.proxy import BACK, THERE, FaultyProxy
 
+from faults.proxy import BACK, THERE, FaultyProxy
 from step3_hetero.emulate.link import Link
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.transport.base import CorruptFrame, Frame, FrameLimits
