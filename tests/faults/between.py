@@ -10,8 +10,10 @@ from faults.proxy import FaultyProxy
 from step3_hetero.afd import local
 
 
-def put_between(monkeypatch, role: str) -> dict[str, FaultyProxy]:
+def put_between(monkeypatch, role: str, on_line=None) -> dict[str, FaultyProxy]:
     """See to it that each instance of a role, ``f``, is reached through a proxy; return them.
+
+    ``on_line`` takes the lines that the processes write, in the place of standard error.
 
     They are there by name (``f:0``) once the engine is loaded; an instance that is started again
     gets a new one. The front's own link is spared. Use ``transport.kind: tcp``.
@@ -19,8 +21,8 @@ def put_between(monkeypatch, role: str) -> dict[str, FaultyProxy]:
     proxies: dict[str, FaultyProxy] = {}
     start = local.start
 
-    def start_behind_proxy(name, *arguments):
-        process = start(name, *arguments)
+    def start_behind_proxy(name, arguments, settings, lines, *more):
+        process = start(name, arguments, settings, on_line or lines, *more)
         if name.partition(":")[0] == role:
             reading, writing = os.pipe()
             told, process.report = process.report, os.fdopen(reading, "rb")
@@ -31,6 +33,8 @@ def put_between(monkeypatch, role: str) -> dict[str, FaultyProxy]:
         with told, os.fdopen(writing, "wb") as pipe:
             if line := told.readline():
                 said = json.loads(line)
+                if name in proxies:  # of the process before it
+                    proxies[name].close()
                 proxies[name] = FaultyProxy(said["address"], spared=1)
                 said["address"] = proxies[name].address
                 pipe.write(json.dumps(said).encode() + b"\n")
