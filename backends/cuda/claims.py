@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from step3_hetero.backend import DeviceInfo
 from step3_hetero.ops import OPS
-from step3_hetero.specs import OpSpec
+from step3_hetero.specs import INT8_OPS, OpSpec
 
 ACTIVATIONS = ("float32", "bfloat16")
 WEIGHT_FORMATS = ("auto", "float32", "bfloat16")
@@ -25,9 +25,10 @@ def refused(info: DeviceInfo, spec: OpSpec) -> str | None:
         return f"no kernel for {spec.op!r}"
     if spec.dtype not in ACTIVATIONS:
         return f"no arithmetic in {spec.dtype}; computes in {', '.join(ACTIVATIONS)}"
-    if spec.weight_format not in (None, *WEIGHT_FORMATS):
-        allowed = ", ".join(WEIGHT_FORMATS)
-        return f"weights cannot be held as {spec.weight_format}; allowed: {allowed}"
+    formats = (*WEIGHT_FORMATS, "int8") if spec.op in INT8_OPS else WEIGHT_FORMATS
+    if spec.weight_format not in (None, *formats):
+        allowed = ", ".join(formats)
+        return f"weights of {spec.op} cannot be held as {spec.weight_format}; allowed: {allowed}"
     if spec.kv_format not in (None, *KV_FORMATS):
         return f"no KV cache in {spec.kv_format}; allowed: {', '.join(KV_FORMATS)}"
     if spec.op in ("attention", "self_attention", "rope"):
