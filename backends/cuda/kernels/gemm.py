@@ -49,7 +49,7 @@ def gemm(
         x = tl.load(
             a + source[:, None] * a_stride + depth[None, :],
             mask=valid[:, None] & there[None, :],
-            other=0,
+            other=0.0,
         )
         factor = tl.full([BLOCK_M, 1], 1.0, tl.float32)
         if QUANTISED:
