@@ -7,7 +7,9 @@ import mmap
 import os
 from collections import deque
 
-from step3_hetero.errors import EdgeMismatch
+import numpy as np
+
+from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.transport.framing import aligned
 
 CONTROL_BYTES = 4096
@@ -26,9 +28,9 @@ class Memory:
 
     def __init__(self, fd: int, capacity: int, *, is_mine: bool) -> None:
         access = mmap.PROT_READ | (mmap.PROT_WRITE if is_mine else 0)
-        self.mapped = mmap.mmap(fd, CONTROL_BYTES + capacity, prot=access)
-        whole = memoryview(self.mapped)
-        self._count = whole[:8].cast("Q")  # one aligned word: it is never seen half written
+        mapped = mmap.mmap(fd, CONTROL_BYTES + capacity, prot=access)
+        whole = np.frombuffer(mapped, np.uint8)
+        self._count = whole[:8].view(np.uint64)  # one aligned word: never seen half written
         self.ring = whole[CONTROL_BYTES:]
 
     @classmethod
@@ -68,21 +70,22 @@ class Memory:
 
     @property
     def count(self) -> int:
-        """Return how many bytes its owner says it has read."""
-        return self._count[0]
+        """Return how many bytes its owner says it has read.
+
+        Raises:
+            RoleLost: this side has let go of it.
+        """
+        if not self._count.size:
+            raise RoleLost("the channel is closed")
+        return int(self._count[0])
 
     @count.setter
     def count(self, value: int) -> None:
-        self._count[0] = value
+        self._count[:1] = value
 
     def close(self) -> None:
-        """Unmap; what arrays still lie over is unmapped with the last of them."""
-        self._count.release()
-        try:
-            self.ring.release()
-            self.mapped.close()
-        except BufferError:
-            pass
+        """Let go of it; it is unmapped with the last array over it, here or made of a frame."""
+        self._count, self.ring = self._count[:0].copy(), self.ring[:0].copy()
 
 
 class Ring:

@@ -35,7 +35,6 @@ from step3_hetero.transport.framing import (
     Header,
     aligned,
     header_of,
-    nbytes,
     packed,
     rest_bytes,
     unpacked,
@@ -44,7 +43,6 @@ from step3_hetero.transport.lending import Lent
 from step3_hetero.transport.listening import SocketListener
 from step3_hetero.transport.ring import Memory, Ring
 from step3_hetero.transport.sockets import (
-    AT_ONCE,
     HANDSHAKE_S,
     NO_SIGNAL,
     Patience,
@@ -76,26 +74,18 @@ class ShmChannel(Channel):
         self.peer = "a process of this machine"
         self._limits = limits
         self._stream = stream
-        size = aligned(limits.head_bytes) + limits.part_bytes + ALIGNMENT * (limits.parts + 1)
-        self._capacity = 2 * aligned(size)
+        self._capacity = capacity_of(limits)
         self._ring = Ring(self._capacity)
         self._lent: deque[tuple[int, Lent]] = deque()
         most = FIXED.size + limits.parts * LENGTH_BYTES + SUM.size + PLACE.size + INLINE_BYTES
         self._bell = memoryview(bytearray(most + 1))  # one more shows what is too long
         self._mine, fd = Memory.made(self._capacity)
         try:
-            socket.send_fds(stream.sock, [b"R"], [fd], AT_ONCE | NO_SIGNAL)
-            theirs = _received_fd(stream.sock, patience)
-        except BaseException:
-            self._mine.close()
-            raise
+            theirs = _swapped(stream.sock, fd, patience)
         finally:
             os.close(fd)
         try:
             self._theirs = Memory.given(theirs, self._capacity)
-        except BaseException:
-            self._mine.close()
-            raise
         finally:
             os.close(theirs)
 
@@ -105,23 +95,19 @@ class ShmChannel(Channel):
         inline = header.head_bytes <= INLINE_BYTES
         head_room = 0 if inline else aligned(header.head_bytes)
         place, size = 0, head_room + header.room_bytes()
-        try:
-            if size:
-                place = self._reserved(size, deadline_s)
-                room = self._mine.ring[place : place + size]
-                targets = header.parts_in(room[head_room:])
-                if not inline:
-                    room[: header.head_bytes] = memoryview(frame.head).cast("B")
-                for target, part in zip(targets, frame.parts, strict=True):
-                    if nbytes(part):
-                        target[:] = memoryview(part).cast("B")
-        except ValueError as cause:
-            raise RoleLost("the channel is closed") from cause
-        bell = packed(header) + PLACE.pack(place, self._ring.written)
-        said = (
-            [memoryview(bell), memoryview(frame.head).cast("B")] if inline else [memoryview(bell)]
-        )
-        self._stream.write(said, deadline_s)
+        if size:
+            place = self._reserved(size, deadline_s)
+            room = self._mine.ring[place : place + size].data
+            targets = header.parts_in(room[head_room:])
+            if not inline:
+                room[: header.head_bytes] = memoryview(frame.head).cast("B")
+            for target, part in zip(targets, frame.parts, strict=True):
+                if len(target):
+                    target[:] = memoryview(part).cast("B")
+        bell = [memoryview(packed(header) + PLACE.pack(place, self._ring.written))]
+        if inline:
+            bell.append(memoryview(frame.head).cast("B"))
+        self._stream.write(bell, deadline_s)
 
     def receive(self, deadline_s: float) -> Frame:
         """See Channel.receive."""
@@ -143,7 +129,6 @@ class ShmChannel(Channel):
     def close(self) -> None:
         """See Channel.close."""
         self._stream.close()
-        self._lent.clear()
         self._mine.close()
         self._theirs.close()
 
@@ -159,10 +144,10 @@ class ShmChannel(Channel):
                 f"{self._capacity:,}"
             )
         room = self._theirs.ring[place : place + size]
-        whole = bytes(head) if inline else bytes(room[: header.head_bytes])
-        parts = header.parts_in(room[head_room:])
-        self._lent.append((count, Lent(parts)))
-        return header.frame(whole, parts)
+        whole = bytes(head) if inline else room[: header.head_bytes].tobytes()
+        lent = Lent(room[head_room:], header.parts_in)
+        self._lent.append((count, lent))
+        return header.frame(whole, lent.parts)
 
     def _read_bell(self, bell: memoryview) -> tuple[Header, int, int, memoryview]:
         """Return header, place, count and head of a bell.
@@ -273,13 +258,25 @@ def _abstract(address: str) -> str:
     return "\0" + name[1:]
 
 
-def _received_fd(sock: socket.socket, patience: Patience) -> int:
+def capacity_of(limits: FrameLimits) -> int:
+    """Return the bytes of a ring: two frames of the largest kind fit, whatever lies between."""
+    parts = limits.part_bytes + ALIGNMENT * limits.parts
+    return 2 * (aligned(limits.head_bytes) + aligned(parts) + ALIGNMENT)
+
+
+def _swapped(sock: socket.socket, fd: int, patience: Patience) -> int:
+    """Hand a descriptor to the peer and return the one it gives.
+
+    Raises:
+        EdgeMismatch: it gives none.
+    """
+    space = socket.CMSG_LEN(array.array("i").itemsize)  # one descriptor: the kernel closes more
     sock.settimeout(max(1e-3, patience.left_s()))
-    space = socket.CMSG_SPACE(array.array("i").itemsize)
     try:
-        said, extra, _, _ = sock.recvmsg(1, space)
-    except TimeoutError:
-        raise EdgeMismatch("the peer gave no ring") from None
+        socket.send_fds(sock, [b"R"], [fd], NO_SIGNAL)
+        said, extra, _, _ = sock.recvmsg(1, space, socket.MSG_CMSG_CLOEXEC)
+    except OSError as cause:
+        raise EdgeMismatch(f"the peer gave no ring: {cause}") from None
     finally:
         sock.settimeout(None)
     for level, kind, data in extra:

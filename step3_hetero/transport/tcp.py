@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable
 from typing import ClassVar
 
-import numpy as np
 from crc32c import crc32c
 
 from step3_hetero.errors import ConfigError, EdgeMismatch, RoleLost, TransportTimeout
@@ -33,7 +32,7 @@ from step3_hetero.transport.framing import (
     rest_bytes,
     unpacked,
 )
-from step3_hetero.transport.lending import Lent
+from step3_hetero.transport.lending import Bytes, Lent, aligned_buffer
 from step3_hetero.transport.listening import SocketListener
 from step3_hetero.transport.sockets import (
     HANDSHAKE_S,
@@ -53,7 +52,7 @@ STALL_S = 2.0
 BUFFER_BYTES = 4 << 20
 """Asked of the kernel for each direction; it may give less."""
 
-CHUNK_BYTES = 512 << 10
+CHUNK_BYTES = 256 << 10
 """Summed and handed to the kernel at a time, so that the sums are made while bytes travel."""
 
 
@@ -67,13 +66,15 @@ class TcpChannel(Channel):
             stream.sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
         self._limits = limits
         self._stream = stream
-        self._buffer = memoryview(b"")
-        self._lent = Lent([])
+        self._buffer = aligned_buffer(0, ALIGNMENT)
+        self._lent: Lent | None = None
         self._sum = 0
 
     def send(self, frame: Frame, deadline_s: float) -> None:
         """See Channel.send."""
         header = header_of(frame, self._limits)
+        if deadline_s <= 0 and not self._stream.is_writable():  # part of a frame must not go out
+            raise TransportTimeout("the peer took nothing for 0 s")
         patience = Patience(deadline_s, header.payload_bytes)
         before, front, total = self._stream.sent_bytes, [memoryview(packed(header))], 0
         groups = chunks(flat([frame.head, *frame.parts]), CHUNK_BYTES) or [[]]
@@ -119,26 +120,23 @@ class TcpChannel(Channel):
         rest = read_bytes(self._stream, rest_bytes(fixed, self._limits), most)
         header = unpacked(fixed, rest, self._limits)
         patience, self._sum = Patience(pause_s, header.payload_bytes), 0
-        head = memoryview(bytearray(header.head_bytes))
-        parts = header.parts_in(self._room(header.room_bytes()))
-        for view in (head, *parts):
+        head, room = memoryview(bytearray(header.head_bytes)), self._room(header.room_bytes())
+        for view in (head, *header.parts_in(room.data)):
             read_into(self._stream, view, patience, self._add)
         (said,) = SUM.unpack(read_bytes(self._stream, SUM.size, patience))
         if self._sum != said:
             raise CorruptFrame(f"a frame of {self.peer} does not match its checksum")
-        given = [part.toreadonly() for part in parts]
-        self._lent = Lent(given)
-        return header.frame(head, given)
+        self._lent = Lent(room[:], header.parts_in)
+        return header.frame(head, self._lent.parts)
 
     def _add(self, piece: memoryview) -> None:
         self._sum = crc32c(piece, self._sum)
 
-    def _room(self, nbytes: int) -> memoryview:
+    def _room(self, nbytes: int) -> Bytes:
         """Return memory for a frame's parts: the same again, once nobody holds the last frame."""
-        if not self._lent.is_returned() or len(self._buffer) < nbytes:
-            spare = np.empty(nbytes + ALIGNMENT, np.uint8)
-            start = -spare.ctypes.data % ALIGNMENT
-            self._buffer = spare.data[start : start + nbytes]
+        is_free = self._lent is None or self._lent.is_returned()
+        if not is_free or self._buffer.nbytes < nbytes:
+            self._buffer = aligned_buffer(nbytes, ALIGNMENT)
         return self._buffer[:nbytes]
 
 
