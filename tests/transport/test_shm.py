@@ -130,20 +130,21 @@ def test_a_peer_that_claims_to_have_read_what_was_not_written_is_let_go(listener
 @pytest.mark.parametrize("given", ["nothing", "no descriptor", "two rings"])
 def test_a_caller_without_a_proper_ring_costs_nobody_anything(listener, given):
     before = descriptors()
-    sock = greeted(raw("shm", listener.address))
-    if given == "no descriptor":
-        sock.send(b"R")
-    elif given == "two rings":
-        fds = [plain_memfd(RIGHT_SIZE) for _ in range(2)]
-        socket.send_fds(sock, [b"R"], fds)
-        for fd in fds:
-            os.close(fd)
-    sock.close()
+    for _ in range(8):
+        sock = greeted(raw("shm", listener.address))
+        if given == "no descriptor":
+            sock.send(b"R")
+        elif given == "two rings":
+            fds = [plain_memfd(RIGHT_SIZE) for _ in range(2)]
+            socket.send_fds(sock, [b"R"], fds)
+            for fd in fds:
+                os.close(fd)
+        sock.close()
     still_serves("shm", listener)
     until = time.monotonic() + 5
-    while descriptors() > before and time.monotonic() < until:
+    while descriptors() > before + 4 and time.monotonic() < until:
         time.sleep(0.02)
-    assert descriptors() <= before
+    assert descriptors() <= before + 4  # others' threads come and go; a leak would be of eight
 
 
 def test_a_ring_gives_out_no_byte_twice_and_all_of_them_in_turn():
