@@ -31,7 +31,7 @@ demo: $(VENV)/.run ## a tiny Step-3 reads digits, its attention on one backend a
 test: $(VENV)/.dev ## the whole test suite, a worker for each core; PYTEST_ARGS="-k config" for a part
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.dev ## 100,000 hostile peers against each transport, about half an hour
+fuzz: $(VENV)/.dev ## 100,000 hostile peers against each transport, a quarter of an hour
 	@STEP3_HETERO_FUZZ_ROUNDS=100000 $(BIN)/python -m pytest tests/transport/test_fuzz.py
 
 lint: $(VENV)/.dev ## ruff: rules and format

@@ -11,7 +11,7 @@ from typing import Any
 
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.parcel import parcel, unpacked
-from step3_hetero.errors import EdgeMismatch, Step3HeteroError, TransportTimeout
+from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import Channel, FrameLimits
 
@@ -97,12 +97,19 @@ class Link:
     def receive(self, deadline_s: float) -> Message:
         """Return the next message, signs of life included.
 
+        A peer that keeps no rules loses this link, and costs nobody else anything.
+
         Raises:
-            TransportTimeout, RoleLost, CorruptFrame, EdgeMismatch: as ``Channel.receive``.
+            TransportTimeout, CorruptFrame: as ``Channel.receive``.
+            RoleLost: the peer is gone, or its frame is none; the link is closed then.
         """
-        frame = self.channel.receive(deadline_s)
-        self.last_seen = time.monotonic()
-        said, arrays = unpacked(frame, self.name, copy=frame.kind not in LENT)
+        try:
+            frame = self.channel.receive(deadline_s)
+            self.last_seen = time.monotonic()
+            said, arrays = unpacked(frame, self.name, copy=frame.kind not in LENT)
+        except EdgeMismatch as broken:
+            self.close()
+            raise RoleLost(f"{self.name} is let go: {broken}") from broken
         return Message(frame.kind, frame.epoch, frame.seq, said, arrays)
 
     def wants(self, kind: Kind, deadline_s: float) -> Message:

@@ -8,7 +8,7 @@ import pytest
 
 from step3_hetero.afd.link import Heart, Link
 from step3_hetero.afd.messages import Kind
-from step3_hetero.errors import TransportTimeout
+from step3_hetero.errors import RoleLost, TransportTimeout
 from step3_hetero.transport.base import Frame, FrameLimits
 from step3_hetero.transport.registry import get_transport
 
@@ -84,3 +84,24 @@ def test_arrays_of_a_message_stay_what_they_were_when_others_come(pair, kind):
     for value, message in enumerate(messages):
         np.testing.assert_array_equal(message.arrays["u"], np.float32(value))
         assert message.arrays["u"].flags.writeable == (kind == Kind.RESULT)
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (Frame(Kind.CALL, 0, 0, b"no JSON"), "whose head does not fit it"),
+        (Frame(Kind.CALL, 0, 0, b'{"said": {}, "arrays": [["u", "object", [1]]]}', [b"x" * 8]),
+         "dtype 'object'"),
+    ],
+    ids=["head", "dtype"],
+)  # fmt: skip
+def test_a_peer_whose_frame_says_nothing_sensible_loses_its_link_alone(pair, frame, why):
+    (here, there), (other, well) = pair(), pair()
+    here.channel.send(frame, 5)
+    with pytest.raises(RoleLost, match=f"a:0 is let go: .*{why}"):
+        there.receive(5)
+    assert there.closed
+    with pytest.raises(RoleLost):
+        there.receive(5)
+    other.send(Kind.BEAT)
+    assert well.receive(5).kind == Kind.BEAT

@@ -1,6 +1,6 @@
 """Strangers by the thousand: each costs at most its own connection, and memory stays bounded.
 
-``make fuzz`` runs 100,000 of them on each transport, the test suite a few hundred.
+``make fuzz`` runs 100,000 of them on each transport, the test suite 1,000.
 """
 
 import multiprocessing
@@ -29,7 +29,7 @@ from transport.strangers import (
     shm_ring,
 )
 
-ROUNDS = int(os.environ.get("STEP3_HETERO_FUZZ_ROUNDS", "400"))
+ROUNDS = int(os.environ.get("STEP3_HETERO_FUZZ_ROUNDS", "1000"))
 GREETING_SHARE = 4
 """One stranger in so many does not even greet properly."""
 
