@@ -46,7 +46,7 @@ def shm_ring(sock):
 
 def frame_bytes(parts=(b"abcd", b"")):
     """Return a good frame as tcp carries it."""
-    head = packed(header_of(Frame(8, 1, 2, b"head", parts), LIMITS))
+    head = packed(header_of(Frame(8, 1, 2, b"head", parts), FrameLimits(1 << 20, 1 << 20, 1 << 8)))
     payload = b"head" + b"".join(parts)
     return head + payload + SUM.pack(crc32c(payload))
 

@@ -98,7 +98,7 @@ def odd_number(rng):
 
 def nasty(name, rng):
     """Return what a stranger that has greeted sends: random, mutated, or well formed and lying."""
-    parts = [rng.bytes(int(rng.integers(0, 300))) for _ in range(int(rng.integers(0, 5)))]
+    parts = [rng.bytes(int(rng.integers(0, 300))) for _ in range(int(rng.integers(0, 7)))]
     if name == "tcp":
         good = frame_bytes(parts)
         lying = header_bytes(odd_number(rng) & 0xFFFFFFFF, [odd_number(rng) for _ in parts])
@@ -162,8 +162,21 @@ def asked(pipe):
 def test_strangers_cost_at_most_their_connection_and_memory_stays_bounded(name):
     spawn = multiprocessing.get_context("spawn")
     pipe, there = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(name, there))
+    process = spawn.Process(target=serve, args=(name, there), daemon=True)
     process.start()
+    try:
+        siege(name, pipe)
+        pipe.send("end")
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+
+
+def siege(name, pipe):
+    """Send strangers, friends and newcomers to a listener in another process."""
     assert pipe.poll(120)
     address, rng = pipe.recv(), np.random.default_rng(5)
     friend = Friend(name, address)
@@ -188,8 +201,4 @@ def test_strangers_cost_at_most_their_connection_and_memory_stays_bounded(name):
     assert after[0] - warm_bytes < GROWTH_BYTES
     if name == "tcp":
         assert after[3] > 0, "no frame was damaged behind its header"
-    pipe.send("end")
     friend.channel.close()
-    process.join(60)
-    assert process.exitcode == 0
-    process.close()
