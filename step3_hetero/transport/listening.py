@@ -83,9 +83,15 @@ class SocketListener(Listener):
                 continue
             try:
                 handle = sock.dup()  # TLS takes the first for itself
-                self._await(handle)
+            except OSError:
+                sock.close()
+                self._closing.wait(PAUSE_S)
+                continue
+            self._await(handle)
+            try:
                 threading.Thread(target=self._meet, args=(sock, handle), daemon=True).start()
-            except (OSError, RuntimeError):  # out of descriptors or threads
+            except RuntimeError:  # out of threads
+                self._forget(handle)
                 sock.close()
                 self._closing.wait(PAUSE_S)
 
@@ -97,6 +103,11 @@ class SocketListener(Listener):
                 _cut(oldest)
             self._pending[handle] = None
 
+    def _forget(self, handle: socket.socket) -> None:
+        with self._changing:
+            self._pending.pop(handle, None)
+        handle.close()
+
     def _meet(self, sock: socket.socket, handle: socket.socket) -> None:
         try:
             channel = self._greet(sock)
@@ -104,9 +115,7 @@ class SocketListener(Listener):
             sock.close()
             return
         finally:
-            with self._changing:
-                self._pending.pop(handle, None)
-            handle.close()
+            self._forget(handle)
         with self._changing:
             welcome = not self._closing.is_set() and self._queue.qsize() < MOST_WAITING
             if welcome:

@@ -210,6 +210,23 @@ def test_a_listener_outlives_the_want_of_descriptors(name, listener):
     still_serves(name, listener)
 
 
+def test_a_listener_outlives_the_want_of_threads(name, listener, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread._target == listener._meet:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        sock = raw(name, listener.address)
+        assert sock.recv(1) == b""
+        sock.close()
+        assert not listener._pending
+    still_serves(name, listener)
+
+
 @only_tcp
 @pytest.mark.parametrize("whole", [False, True], ids=["in the header", "in the payload"])
 def test_a_peer_that_dies_within_a_frame_is_lost(agreed, whole):
