@@ -65,9 +65,9 @@ def bell_bytes(head=b"head", parts=(), place=0, count=0):
 
 def still_serves(name, listener, key=None):
     """Have a peer that keeps the rules come, and answer it."""
-    friend = get_transport(name).connect(listener.address, LIMITS, 10, key)
-    there = listener.accept(10)
+    friend = get_transport(name).connect(listener.address, LIMITS, 30, key)
+    there = listener.accept(30)
     friend.send(Frame(1, 0, 0, b"hello", [b"x" * 100]), 5)
-    assert bytes(there.receive(10).parts[0]) == b"x" * 100
+    assert bytes(there.receive(30).parts[0]) == b"x" * 100
     friend.close()
     there.close()
