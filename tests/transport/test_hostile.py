@@ -162,7 +162,7 @@ def test_peers_that_greet_byte_by_byte_have_one_deadline_for_all_of_it(name, mon
 
 def test_more_silent_peers_than_may_wait_lock_nobody_out(name, listener, monkeypatch):
     for transport in (tcp, shm):  # it does not wait for them to time out
-        monkeypatch.setattr(transport, "HANDSHAKE_S", 600.0)
+        monkeypatch.setattr(transport, "HANDSHAKE_S", 60.0)
     silent = [raw(name, listener.address) for _ in range(3 * listening.MOST_PENDING)]
     still_serves(name, listener)
     for sock in silent:
