@@ -76,7 +76,19 @@ class Executor(ABC):
 
     @abstractmethod
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
-        """Copy logical KV blocks, (source, target), in every layer of one instance."""
+        """Copy logical KV blocks, (source, target), in every layer of one instance.
+
+        Before any micro-batch that is submitted later; sources are not being written to.
+        """
+
+    def cache_epoch(self, instance: int = 0) -> int:
+        """Return a number that changes whenever an instance's cache has begun anew.
+
+        It changes within ``collect`` only, and no later than the first result of the new cache
+        is returned. An instance that dies with nothing under way is seen by this alone: what its
+        cache held is kept for sequences to come, and would be taken for what the new one holds.
+        """
+        return 0
 
     @abstractmethod
     def close(self) -> None:
