@@ -72,10 +72,9 @@ class Scheduler:
         """
         decoding = []
         for sequence in [s for s in self.running if s.decoding]:
-            if not sequence.is_full:
-                decoding.append(Share(sequence, 1))
-            elif sequence.blocks and grow(sequence):  # without blocks it has just been taken out
-                decoding.append(Share(sequence, 1))
+            if sequence.is_full and not (sequence.blocks and grow(sequence)):
+                continue  # without blocks it has just been taken out
+            decoding.append(Share(sequence, 1))
         if len(decoding) == len(self.running):
             return decoding
         return decoding + self._prompt_shares()
