@@ -75,6 +75,11 @@ class Instance:
         self._stalled: SequenceState | None = None
 
     @property
+    def running(self) -> int:
+        """Return the number of sequences on all lanes."""
+        return len(self._lane_of)
+
+    @property
     def emptiest(self) -> Lane | None:
         """Return the lane with the fewest sequences; None if none takes another."""
         lane = min(self.lanes, key=lambda x: len(x.scheduler.running))

@@ -124,9 +124,10 @@ class Lanes:
         found = {instance.number: instance.found(sequence) for instance, _ in options}
         least = min(len(lane.scheduler.running) for _, lane in options)
 
-        def preferred(option: tuple[Instance, Lane]) -> tuple[int, int]:
-            load = len(option[1].scheduler.running)
-            return -len(found[option[0].number]) if load <= least + LEAN else 0, load
+        def preferred(option: tuple[Instance, Lane]) -> tuple[int, int, int]:
+            instance, load = option[0], len(option[1].scheduler.running)
+            near = len(found[instance.number]) if load <= least + LEAN else 0
+            return -near, load, instance.running
 
         return any(
             instance.admit(sequence, lane, found[instance.number])

@@ -49,6 +49,13 @@ def odd(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Write a random text model of two layers."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    return write_checkpoint(folder, num_hidden_layers=2, moe_layers_enum="1", vocab_size=130)
+
+
+@pytest.fixture(scope="session")
 def oracle(odd):
     config, weights = load_oracle(odd)
     return lambda ids: text_forward(config, weights, np.array(ids))
