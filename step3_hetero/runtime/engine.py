@@ -304,7 +304,7 @@ class Engine:
 
     def _end_late_ones(self) -> bool:
         """End the requests whose deadlines have passed; say whether there were any."""
-        late = self._deadlines.passed(time.perf_counter())
+        late = self._deadlines.passed(time.perf_counter()) if len(self._deadlines) else []
         for number in late:
             sequence = self._sequences[number]
             sequence.finish("deadline")
