@@ -106,6 +106,64 @@ def test_blocks_of_who_gave_way_are_not_used_before_its_tokens_have_landed(check
     assert leaving == [2], "nobody had to give way with tokens under way"
 
 
+def tight(checked):
+    """Return an instance whose four blocks are held by three sequences and by the test."""
+    engine = checked(CheckingExecutor(4), prefix_reuse=False)
+    submitted(engine, [100, 100, 100, 100])
+    engine.step()
+    instance = engine.lanes.instances[0]
+    return engine, instance, [engine._sequences[n] for n in (1, 2, 3)], instance.pool.take(1)
+
+
+def test_while_someone_waits_for_a_block_nobody_younger_gets_one(checked):
+    engine, instance, (_, second, third), spare = tight(checked)
+    third.under_way = True
+    assert not instance.grow(second)
+    assert instance.lanes[0].leaving == [third]
+    instance.pool.give_back(spare)
+    assert not instance.grow(third)
+    assert not instance.admit(engine.lanes.waiting[0], instance.lanes[0], [])
+    assert instance.grow(second)
+    assert len(second.blocks) == 2
+
+
+def test_no_more_give_way_than_are_needed(checked):
+    _, instance, (first, second, third), _ = tight(checked)
+    third.under_way = True
+    for _ in range(3):
+        assert not instance.grow(first)
+    assert instance.lanes[0].leaving == [third]
+    assert second in instance.lanes[0].scheduler.running
+    assert instance.preemptions == 1
+
+
+def test_the_youngest_waits_with_what_it_holds(checked):
+    engine, instance, (_, _, third), spare = tight(checked)
+    assert not instance.grow(third)
+    assert (len(third.blocks), instance.preemptions) == (1, 0)
+    instance.pool.give_back(spare)
+    engine.step()
+    assert instance.grow(third)
+
+
+def test_a_lane_is_in_order_of_age_whoever_comes_back_to_it(checked):
+    engine, instance, sequences, spare = tight(checked)
+    instance.pool.give_back(spare)
+    first = sequences[0]
+    instance.leave(first)
+    assert engine.lanes.waiting[0] is first
+    assert instance.admit(engine.lanes.waiting.popleft(), instance.lanes[0], [])
+    assert instance.lanes[0].scheduler.running == sequences
+
+
+def test_stats_count_what_runs_waits_and_is_held(checked):
+    engine, instance, _, spare = tight(checked)
+    instance.pool.give_back(spare)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.blocks) == (3, 1, 4)
+    assert (stats.free_blocks, stats.cached_blocks, stats.preemptions) == (1, 0, 0)
+
+
 def test_images_of_who_gave_way_are_forgotten_and_sent_again(checked):
     from PIL import Image
 
