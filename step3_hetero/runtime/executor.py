@@ -81,14 +81,14 @@ class Executor(ABC):
         Before any micro-batch that is submitted later; sources are not being written to.
         """
 
-    def cache_epoch(self, instance: int = 0) -> int:
+    def cache_epoch(self, instance: int = 0) -> int | None:
         """Return a number that changes whenever an instance's cache has begun anew.
 
-        It changes within ``collect`` only, and no later than the first result of the new cache
-        is returned. An instance that dies with nothing under way is seen by this alone: what its
-        cache held is kept for sequences to come, and would be taken for what the new one holds.
+        It changes within ``collect`` only, once the loss is known there. An instance that dies
+        with nothing under way is seen by this alone: what its cache held would be taken for what
+        the new one holds. None: this executor cannot tell, and no prefix is kept for it.
         """
-        return 0
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -69,8 +69,8 @@ class Instance:
         self.reused_tokens = 0
         self._executor = executor
         self._waiting = waiting
-        self._reuse = prefix_reuse
         self._executors_epoch = executor.cache_epoch(number)
+        self._reuse = prefix_reuse and self._executors_epoch is not None
         self._lane_of: dict[int, Lane] = {}
         self._stalled: SequenceState | None = None
 

@@ -131,6 +131,16 @@ def test_a_lost_instance_takes_its_prefixes_along(checked):
     assert reused(engine, ids) == 0
 
 
+def test_nothing_is_kept_for_an_executor_that_cannot_tell_of_losses(checked):
+    executor = CheckingExecutor(20)
+    executor.cache_epoch = lambda instance: None
+    engine = checked(executor)
+    engine.generate(tokens(300), SHORT)
+    engine.generate(tokens(300), SHORT)
+    stats = engine.stats()
+    assert (stats.prefix_tokens_reused, stats.cached_blocks) == (0, 0)
+
+
 def test_a_sequence_goes_where_its_beginning_is(checked):
     engine = checked(CheckingExecutor(20, instances=3, microbatches=2))
     stems = [tokens(200, seed) for seed in range(3)]
