@@ -131,6 +131,26 @@ def test_a_lost_instance_takes_its_prefixes_along(checked):
     assert reused(engine, ids) == 0
 
 
+def test_what_landed_just_before_a_loss_counts_but_is_not_kept(checked):
+    executor = CheckingExecutor(20)
+    engine = checked(executor)
+    number = engine.submit(tokens(128), SHORT)
+
+    def lost_at_once(deadline_s=None):
+        executor._land(0)
+        executor.lose(0)
+        return executor._landed.popleft()
+
+    executor.collect = lost_at_once
+    engine.step()
+    del executor.collect
+    audit(engine)
+    assert len(engine._sequences[number].generated) == 1
+    assert engine.stats().cached_blocks == 0
+    assert len(engine.run([number])[0].token_ids) == 3
+    assert engine.stats().prefix_tokens_reused == 0
+
+
 def test_nothing_is_kept_for_an_executor_that_cannot_tell_of_losses(checked):
     executor = CheckingExecutor(20)
     executor.cache_epoch = lambda instance: None
