@@ -122,7 +122,9 @@ def test_while_someone_waits_for_a_block_nobody_younger_gets_one(checked):
     assert instance.lanes[0].leaving == [third]
     instance.pool.give_back(spare)
     assert not instance.grow(third)
-    assert not instance.admit(engine.lanes.waiting[0], instance.lanes[0], [])
+    fourth = engine.lanes.waiting[0]
+    fourth.max_new = 20  # it would fit into the block that is there
+    assert not instance.admit(fourth, instance.lanes[0], [])
     assert instance.grow(second)
     assert len(second.blocks) == 2
 
