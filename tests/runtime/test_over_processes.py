@@ -63,5 +63,6 @@ def together():
 def test_tokens_are_those_of_a_roomy_cache_in_one_process(together, kill):
     tokens, stats, told = answers(asked(), kill, **APART)
     assert tokens == together
-    assert stats.prefix_tokens_reused >= 127 or not told
-    assert stats.preemptions > 0
+    if not kill:  # what is lost is neither shared nor given up
+        assert stats.prefix_tokens_reused >= 127 or not told
+        assert stats.preemptions > 0
