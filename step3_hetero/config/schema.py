@@ -200,6 +200,10 @@ class Runtime(_Section):
     """Logical blocks of 128 tokens; auto fills the memory that the weights leave."""
     prefill_chunk: Count = 512
     """Tokens of a prompt in one step."""
+    prefix_reuse: bool = True
+    """Sequences that begin alike share the KV blocks of their beginning."""
+    max_waiting: Count = 4096
+    """Requests in the queue beyond which another one is refused."""
     fallback: Annotated[bool, _later(False)] = False
     shadow_backend: Name | None = None
     shadow_sample: Annotated[float, Field(ge=0, le=1)] = 0.0
