@@ -129,8 +129,10 @@ class Role(_Section):
     """Cards that share each of an instance's stages."""
     ep: Count = 1
     """Instances that share the experts: one set."""
-    spares: Annotated[int, Field(ge=0), _later(0)] = 0
-    hosts: Annotated[tuple[Name, ...] | None, Field(strict=False), _later(None)] = None
+    spares: Annotated[int, Field(ge=0)] = 0
+    """Instances that stand by loaded; one takes the place of an instance that dies."""
+    hosts: Annotated[tuple[Name, ...] | None, Field(strict=False), AfterValidator(_some)] = None
+    """Where the role's instances stand, then its spares, if somebody else starts them."""
     weights: Literal["auto", "fp32", "bf16", "fp8", "int8"] = "auto"
     """The format in device memory of the matrices in attention and FFN; auto keeps `runtime.dtype`.
 
@@ -273,10 +275,6 @@ class Config(_Section):
         if "/" in self.model and self.model_path is None:
             message = f"model: no folder {str(self._base / self.model)!r}"
             yield Problem(self._document.place(["model"]), message)
-        if self.runtime.processes == "per-role" and self.transport.kind == "inproc":
-            place = self._document.place(("transport", "kind"))
-            message = "transport.kind: 'inproc' carries nothing between processes"
-            yield Problem(place, f"{message}; use shm, or tcp between machines")
         if self.runtime.processes == "one" and self.runtime.microbatches > 1:
             place = self._document.place(("runtime", "microbatches"))
             message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
@@ -286,11 +284,39 @@ class Config(_Section):
                 place = self._document.place(("roles", name, "instances"))
                 message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"
                 yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
+            yield from self._standing_conflicts(name, role)
             ranks = role.instances * role.tp + role.spares
             if role.devices is not None and len(role.devices) != ranks:
                 key = ("roles", name, "devices")
                 message = f"{'.'.join(key)}: expected {ranks}, got {len(role.devices)}"
                 yield Problem(self._document.place(key), f"{message} (instances x tp + spares)")
+
+    def _standing_conflicts(self, name: str, role: Role) -> Iterator[Problem]:
+        """Yield what is wrong with a role's spares and hosts."""
+
+        def problem(key: str, message: str) -> Problem:
+            place = self._document.place(("roles", name, key))
+            return Problem(place, f"roles.{name}.{key}: {message}")
+
+        if self.runtime.processes == "one":
+            alone = "with runtime.processes: one; set that to per-role"
+            if role.spares:
+                yield problem("spares", f"{role.spares} refused; allowed: 0 {alone}")
+            if role.hosts is not None:
+                yield problem("hosts", f"a list refused; leave it out {alone}")
+            return
+        if role.spares and role.ep * role.tp > 1:
+            yield problem("spares", f"{role.spares} with ep or tp above 1 is not available yet")
+        if role.hosts is None:
+            return
+        wanted = role.instances + role.spares
+        if len(role.hosts) != wanted:
+            said = f"expected {wanted} addresses, got {len(role.hosts)} (instances + spares)"
+            yield problem("hosts", said)
+        if role.tp > 1:
+            yield problem("hosts", "with tp above 1 is not available yet")
+        if self.transport.kind == "inproc":
+            yield problem("hosts", "inproc reaches no other process; use tcp, or shm here")
 
     @property
     def model_path(self) -> Path | None:
