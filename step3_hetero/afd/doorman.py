@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from step3_hetero.afd.contract import Contract, agree
+from step3_hetero.afd.drain import Drain
 from step3_hetero.afd.echo import echo_back
 from step3_hetero.afd.link import Link, Message
 from step3_hetero.afd.messages import Kind
@@ -54,15 +55,17 @@ class Doorman:
         """Return what ``select`` finds readable when `caller` has somebody."""
         return self._bell
 
-    def front(self, deadline_s: float | None = None) -> tuple[Link, bool]:
+    def front(self, drain: Drain, deadline_s: float | None = None) -> tuple[Link, bool]:
         """Return the next front, contract agreed, and whether it wants spans told.
 
         Raises:
+            SystemExit: the drain was asked for.
             TransportTimeout: nobody came.
         """
         until = None if deadline_s is None else time.monotonic() + deadline_s
         with self._changed:
             while self._front is None:  # in slices: a signal's handler runs between them
+                drain.check()
                 if until is not None and time.monotonic() > until:
                     raise TransportTimeout(
                         f"{self._label}: no front came to {self._listener.address} within "

@@ -40,11 +40,15 @@ class Drain:
 
         signal.signal(signal.SIGTERM, handler)
 
+    def check(self) -> None:
+        """End here if it was asked for: where nothing is under way, and no signal comes."""
+        if self.asked:
+            sys.exit(0)
+
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Nothing is under way here: importing, loading, waiting for a front."""
-        if self.asked:
-            sys.exit(0)
+        self.check()
         self._idle = True
         try:
             yield

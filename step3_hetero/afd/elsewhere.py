@@ -37,6 +37,9 @@ class Watched(Handle):
         """See Handle.how_it_ended."""
         return self._how
 
+    def ask(self) -> None:
+        """See Handle.ask. What somebody else started is theirs to end."""
+
     def kill(self) -> None:
         """See Handle.kill."""
         self.ended()
@@ -78,6 +81,10 @@ class RoleThread(Watched):
             target=self._run, args=(member, serve), name=f"role {member.name}", daemon=True
         )
         self._thread.start()
+
+    def ask(self) -> None:
+        """See Handle.ask."""
+        self._drain.ask()
 
     def kill(self) -> None:
         """See Handle.kill."""

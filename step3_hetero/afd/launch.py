@@ -46,8 +46,8 @@ class RoleProcess(Handle):
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
-    def ask_to_end(self) -> None:
-        """Send what a service manager sends: the role finishes what is under way and ends."""
+    def ask(self) -> None:
+        """See Handle.ask."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
 

@@ -109,6 +109,10 @@ class Handle(ABC):
         """Say how a role that has ended did so, as in ``exit code 1``."""
 
     @abstractmethod
+    def ask(self) -> None:
+        """Ask the role to finish what is under way and end. Never waits."""
+
+    @abstractmethod
     def kill(self) -> None:
         """Let go of the role at once, whatever it does; its end is seen next. Never waits."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -204,7 +205,7 @@ def serve_role(
         tell(address=listener.address)
     try:
         (stand if stands else serve)(
-            settings, listener, lambda: _load(resolved, name, source), drain, tell
+            settings, listener, lambda: _load(resolved, name, source, tell), drain, tell
         )
     finally:
         listener.close()
@@ -256,11 +257,17 @@ def _on_own_device(resolved: Resolved, name: str, number: int) -> Resolved:
     return replace(resolved, placement=replace(resolved.placement, roles=roles))
 
 
-def _load(resolved: Resolved, name: str, source: TensorSource) -> Loaded:
-    placement = resolved.placement
+def _load(resolved: Resolved, name: str, source: TensorSource, tell: Tell) -> Loaded:
+    placement, count = resolved.placement, itertools.count(1)
     devices = stage_devices(resolved, open_devices(resolved, [name]))
     mine = {stage: d for stage, d in devices.items() if placement.role_of[stage] == name}
-    return load_stages(resolved.graph, mine, source, placement.limits, placement.kv_blocks)
+
+    def on_stage(stage: str) -> None:
+        tell(loaded=next(count))
+
+    return load_stages(
+        resolved.graph, mine, source, placement.limits, placement.kv_blocks, on_stage
+    )
 
 
 def frame_limits(resolved: Resolved) -> FrameLimits:

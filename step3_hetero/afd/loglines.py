@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO
+
+from step3_hetero.errors import RequestError
 
 OnLine = Callable[[str, str], None]
 """Called with a role's name and a line that it wrote; may be slow, and may fail."""
@@ -67,3 +71,50 @@ class LogLines:
         except (OSError, ValueError):  # a full disk, a reader that is gone, a closed file
             return False
         return True
+
+
+class LogFiles:
+    """Writes each role's lines to a file of its own in a folder, at the end of what is there."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder if it is missing.
+
+        Raises:
+            RequestError: it cannot be made, or not be written to.
+        """
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise RequestError(f"--log-dir {folder}: {cause.strerror}; give another") from cause
+        if not os.access(folder, os.W_OK):
+            raise RequestError(f"--log-dir {folder}: not ours to write to; give another")
+
+    def __call__(self, name: str, line: str) -> None:
+        """Write a line; OSError if the disk takes none, and the next line is tried again."""
+        if name not in self._files:
+            path = self._folder / f"{name.replace(':', '-')}.log"
+            self._files[name] = path.open("ab", buffering=0)
+        self._files[name].write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def to_all(*sinks: OnLine) -> OnLine:
+    """Return what hands a line to every sink; one that fails keeps it from no other."""
+
+    def on_line(name: str, line: str) -> None:
+        failed: OSError | None = None
+        for sink in sinks:
+            try:
+                sink(name, line)
+            except OSError as cause:
+                failed = cause
+        if failed is not None:
+            raise failed
+
+    return on_line

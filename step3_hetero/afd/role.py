@@ -72,7 +72,7 @@ def serve(
     doorman = Doorman(settings.label, settings.contract, listener)
     try:
         with drain.idle():
-            front, traced = doorman.front(FRONT_S)
+            front, traced = doorman.front(drain, FRONT_S)
             heart = Heart(settings.deadline_s)
             heart.watch(front)
             front.wants(Kind.LOAD, FRONT_S)
@@ -103,7 +103,7 @@ def stand(
         while not drain.asked:
             tell(state="ready")
             with drain.idle():
-                front, traced = doorman.front()
+                front, traced = doorman.front(drain)
             tell(state="serving")
             try:
                 _one_of_many(settings, front, doorman, loaded, drain, traced)

@@ -62,7 +62,8 @@ def command(
             return
         said = {"address": "listens at {}", "state": "is {}", "said": "{}"}
         for key, value in facts.items():
-            click.echo(f"{name}:{number} {said[key].format(value)}", err=True)
+            if key in said:
+                click.echo(f"{name}:{number} {said[key].format(value)}", err=True)
 
     if report is not None:
         os.set_blocking(report, False)
