@@ -29,11 +29,13 @@ def marked(value):
 
 def children():
     """Return the ids of our child processes, zombies too."""
-    told = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
-    )  # fmt: skip
-    alive = {int(pid) for pid in told.stdout.split()}
-    return {pid for pid in alive if Path(f"/proc/{pid}").exists()}  # ps was one of them
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+        except OSError:
+            continue
+    return found
 
 
 def descriptors():
