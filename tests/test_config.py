@@ -165,9 +165,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
 @pytest.mark.parametrize(
     ("old", "new", "want"),
     [
-        ("max_batch: 8}", "processes: per-role}\ntransport: {kind: inproc}",
-         "run.yaml:12: transport.kind: 'inproc' carries nothing between processes; use shm, or tcp "
-         "between machines"),
         ("dtype: fp32", "microbatches: 2",
          "run.yaml:11: runtime.microbatches: 2 refused; allowed: 1 with runtime.processes: one; "
          "set that to per-role"),
@@ -181,9 +178,11 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
         ("backend: cpu", "backend: cpu\n    ep: 2",
          "run.yaml:7: roles.a.ep: 2 is not available yet; use 1"),
         ("backend: cpu", "backend: cpu\n    spares: 1",
-         "run.yaml:7: roles.a.spares: 1 is not available yet; use 0"),
+         "run.yaml:7: roles.a.spares: 1 refused; allowed: 0 with runtime.processes: one; "
+         "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    hosts: [b]",
-         "run.yaml:7: roles.a.hosts: a list is not available yet; leave it out"),
+         "run.yaml:7: roles.a.hosts: a list refused; leave it out with runtime.processes: one; "
+         "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    weights: fp8",
          "run.yaml:7: roles.a.weights: 'fp8' is not available yet; use 'auto' or 'fp32' or 'bf16' "
          "or 'int8'"),

@@ -14,8 +14,8 @@ from step3_hetero.afd.drain import Drain
 from step3_hetero.afd.echo import echo_back
 from step3_hetero.afd.link import Link, Message
 from step3_hetero.afd.messages import Kind
-from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
-from step3_hetero.transport.base import Channel, CorruptFrame, Listener
+from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
+from step3_hetero.transport.base import Channel, Listener
 
 FRONT = "the front"
 """What a front calls itself; a role that calls another gives its own name, as ``a:0``."""
@@ -100,6 +100,8 @@ class Doorman:
         self._is_closed = True
         self._thread.join()
         self.front_left()
+        if self._front is not None:
+            self._front[0].close()
         os.close(self._bell)
 
     def _stand(self) -> None:
@@ -116,8 +118,8 @@ class Doorman:
         try:
             if not self._heard(link, link.receive(GREETING_S)):
                 link.close()
-        except (Step3HeteroError, KeyError, TypeError, CorruptFrame):
-            link.close()  # costs whoever it was this connection, and nobody else anything
+        except Exception:  # a stranger may say anything: it costs that connection, nobody else
+            link.close()
         finally:
             self._greeted.release()
 
@@ -130,9 +132,12 @@ class Doorman:
             return False
         if first.kind != Kind.HELLO:
             return False
-        link.name = str(first.said["from"])
+        name, theirs = first.said.get("from"), first.said.get("contract")
+        if not isinstance(name, str) or not isinstance(theirs, dict):
+            raise EdgeMismatch(f"{first.said} is no greeting")
+        link.name = name
         try:
-            agree(self._contract, first.said["contract"], self._label, link.name)
+            agree(self._contract, theirs, self._label, link.name)
         except EdgeMismatch as mismatch:
             link.send(Kind.REFUSED, said={"why": str(mismatch)})
             raise

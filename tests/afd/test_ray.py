@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,10 @@ def test_digits_are_read_by_roles_on_three_nodes(cluster, config):
     assert os.getpid() not in pids.values()
     assert len(nodes) == 3
     assert _group(cluster, engine)["state"] == "REMOVED"
-    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
+    until = time.monotonic() + 20
+    while left := [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.2)
 
 
 def _group(ray, engine):
