@@ -75,7 +75,7 @@ class ProcessExecutor(Executor):
         self.instances = sum(s.member.leads and s.place is not None for s in self._seats)
         self._waiting: list[Waiting] = [deque() for _ in range(self.instances)]
         self._flying: dict[int, int] = {}
-        self._landed: deque[tuple[Landed, int]] = deque()
+        self._landed: deque[Landed] = deque()
         self._submitted = 0
         try:
             for seat in self._seats:
@@ -104,7 +104,7 @@ class ProcessExecutor(Executor):
             if time.monotonic() > until:
                 raise TransportTimeout(f"no micro-batch came back: {self._seats.standing()}")
             self._attend(min(0.5, self._deadline_s / 2))
-        return self._landed.popleft()[0]
+        return self._landed.popleft()
 
     def forget_image(self, key: int, instance: int = 0) -> None:
         """Drop the rows of an image."""
@@ -250,15 +250,14 @@ class ProcessExecutor(Executor):
         for other in self._seats:
             if not other.member.leads and other.is_ready:
                 other.deaths = 0
-        instance = self._flying.pop(message.seq, None)
-        if instance is None:
+        if self._flying.pop(message.seq, None) is None:
             return
         self.clocks[seat.member.name] = StageClock.of_wire(message.said.get("times", ()))
         self.clock = sum_of(self.clocks)
         if self.timeline is not None:
             self.timeline.extend(spans_of(message.said.get("spans", ()), -link.ahead_s))
         result = result_of(message.said, message.arrays)
-        self._landed.append((Landed(Ticket(message.seq), result), instance))
+        self._landed.append(Landed(Ticket(message.seq), result))
 
     def _died(self, seat: Seat, handle: Handle) -> None:
         """Replace what is no more; bring back without a result what was lost with it."""
@@ -296,16 +295,8 @@ class ProcessExecutor(Executor):
         raise RoleLost(f"{seat.member.name} ended with {how}{often}; its log says why")
 
     def _lose(self, instance: int) -> None:
-        """Let everything of an attention instance be computed again.
-
-        A result that has come and was not collected counts as lost too: its sequences go on from
-        keys that are no more.
-        """
+        """Let all that an attention instance had under way be computed again."""
         self._waiting[instance].clear()
         for number in [n for n, i in self._flying.items() if i == instance]:
             del self._flying[number]
-            self._landed.append((Landed(Ticket(number), None), instance))
-        self._landed = deque(
-            (Landed(landed.ticket, None) if of == instance else landed, of)
-            for landed, of in self._landed
-        )
+            self._landed.append(Landed(Ticket(number), None))

@@ -69,7 +69,11 @@ class Seat:
         self.moves(State.STARTING)
 
     def watched(self) -> Iterator[int]:
-        """Yield the descriptors that have something to say about it."""
+        """Yield the descriptors that have something to say about it, its end first.
+
+        Of what an attention instance sent and then died, nothing may be taken: its other sequences
+        would go on from keys that are no more.
+        """
         if self.handle is None:
             return
         yield self.handle.fileno()

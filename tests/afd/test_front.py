@@ -130,7 +130,11 @@ def test_a_micro_batch_that_waited_for_an_instance_is_not_run_after_its_loss(fro
     landed = executor.collect(5)
     assert (landed.ticket, landed.result) == (waiting, None)
     _until(lambda: executor._seats.leading(0).is_ready, executor)
-    assert not executor._waiting[0]
+    executor.forget_image(5)  # the last thing that the new one is told
+    told = []
+    while Kind.FORGET not in told:
+        told.append(stage.played[1].link.receive(5).kind)
+    assert Kind.BATCH not in told
 
 
 def _until(condition, executor, deadline_s=10.0):
