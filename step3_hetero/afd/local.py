@@ -22,6 +22,7 @@ from step3_hetero.afd.members import cores_for, members
 from step3_hetero.afd.role import Loaded, RoleProcessSettings, Tell, serve, stand
 from step3_hetero.afd.wire import Wire
 from step3_hetero.config import Config
+from step3_hetero.emulate.asked import links_from
 from step3_hetero.model.ablate import Ablated
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.runtime.loader import load_stages
@@ -244,6 +245,7 @@ def _settings(
         a2f=Wire.of(config.transport.a2f_dtype),
         f2a=Wire.of(config.transport.f2a_dtype),
         key=shared_key(config),
+        links=links_from(config, name),
     )
 
 

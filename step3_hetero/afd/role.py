@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from step3_hetero.afd.contract import Contract
@@ -18,6 +18,8 @@ from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Worker
 from step3_hetero.backend import KVCache
+from step3_hetero.emulate.channel import over
+from step3_hetero.emulate.link import Link as EmulatedLink
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.graph import StageGraph
 from step3_hetero.runtime.clocks import StageClock
@@ -54,6 +56,7 @@ class RoleProcessSettings:
     a2f: Wire
     f2a: Wire
     key: bytes | None = None
+    links: Mapping[str, EmulatedLink] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -171,7 +174,7 @@ def _lead(
         channel = settings.transport.connect(
             address, settings.limits, settings.deadline_s, settings.key
         )
-        link = Link(channel, name)
+        link = Link(over(settings.links, name, channel), name)
         asked_s = say_hello(link, settings.contract, settings.label)
         agreed = link.wants(Kind.AGREED, settings.deadline_s)
         take_agreed(link, agreed, settings.contract, settings.label, asked_s)
