@@ -245,6 +245,33 @@ def test_words_that_old_yaml_takes_for_booleans_and_dates_are_text(read):
     assert config.predicted == {"no": "off", "day": "2026-01-02", "n": 10}
 
 
+APART = ("runtime.processes=per-role", "transport.kind=tcp")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "want"),
+    [
+        (("roles.f.hosts=[x:1, y:2]",),
+         "roles.f.hosts: expected 1 addresses, got 2 (instances + spares)"),
+        (("roles.f.hosts=[]",), "--set roles.f.hosts=[]: roles.f.hosts: is empty"),
+        (("roles.f.hosts=[x:1]", "transport.kind=inproc"),
+         "roles.f.hosts: inproc reaches no other process; use tcp, or shm here"),
+    ],
+)  # fmt: skip
+def test_roles_that_stand_need_an_address_each_and_a_transport_that_reaches_them(
+    read, overrides, want
+):
+    with pytest.raises(ConfigError) as refused:
+        read(RUN, *APART, *overrides)
+    assert want in str(refused.value)
+
+
+def test_hosts_may_list_spares_and_threads_need_none(read):
+    hosts = ("roles.f.spares=1", "roles.f.hosts=[x:1, y:2]")
+    assert read(RUN, *APART, *hosts).roles["f"].hosts == ("x:1", "y:2")
+    assert read(RUN, APART[0], "transport.kind=inproc").roles["f"].hosts is None
+
+
 def test_override_replaces_a_value_and_answers_for_it(read):
     config = read(RUN, "roles.f.backend=cpu", "runtime.max_batch=2", "transport.deadline_s=1e1")
     assert (config.roles["f"].backend, config.runtime.max_batch) == ("cpu", 2)

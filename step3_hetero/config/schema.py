@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from step3_hetero.config.document import Document, Problem, refuse, shown
 from step3_hetero.config.explain import ABOUT_KEY, WHOLE, problems_of
 from step3_hetero.config.selectors import Selector, assign_stages, parse_selector
+from step3_hetero.config.standing import standing_problems
 from step3_hetero.errors import ConfigError
 
 VERSION = 1
@@ -327,39 +328,12 @@ class Config(_Section):
                 place = self._document.place(("roles", name, "instances"))
                 message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"
                 yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
-            yield from self._standing_conflicts(name, role)
+            yield from standing_problems(self, name, self._document)
             ranks = role.instances * role.tp + role.spares
             if role.devices is not None and len(role.devices) != ranks:
                 key = ("roles", name, "devices")
                 message = f"{'.'.join(key)}: expected {ranks}, got {len(role.devices)}"
                 yield Problem(self._document.place(key), f"{message} (instances x tp + spares)")
-
-    def _standing_conflicts(self, name: str, role: Role) -> Iterator[Problem]:
-        """Yield what is wrong with a role's spares and hosts."""
-
-        def problem(key: str, message: str) -> Problem:
-            place = self._document.place(("roles", name, key))
-            return Problem(place, f"roles.{name}.{key}: {message}")
-
-        if self.runtime.processes == "one":
-            alone = "with runtime.processes: one; set that to per-role"
-            if role.spares:
-                yield problem("spares", f"{role.spares} refused; allowed: 0 {alone}")
-            if role.hosts is not None:
-                yield problem("hosts", f"a list refused; leave it out {alone}")
-            return
-        if role.spares and role.ep * role.tp > 1:
-            yield problem("spares", f"{role.spares} with ep or tp above 1 is not available yet")
-        if role.hosts is None:
-            return
-        wanted = role.instances + role.spares
-        if len(role.hosts) != wanted:
-            said = f"expected {wanted} addresses, got {len(role.hosts)} (instances + spares)"
-            yield problem("hosts", said)
-        if role.tp > 1:
-            yield problem("hosts", "with tp above 1 is not available yet")
-        if self.transport.kind == "inproc":
-            yield problem("hosts", "inproc reaches no other process; use tcp, or shm here")
 
     @property
     def model_path(self) -> Path | None:
