@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
+from select import select
 
 from faults.proxy import FaultyProxy
-from step3_hetero.afd import local
+from step3_hetero.afd import launch
+from step3_hetero.afd.launcher import Reports, tell
+from step3_hetero.afd.loglines import LogLines
 
 
 def put_between(monkeypatch, role: str, on_line=None) -> dict[str, FaultyProxy]:
@@ -19,25 +21,28 @@ def put_between(monkeypatch, role: str, on_line=None) -> dict[str, FaultyProxy]:
     gets a new one. The front's own link is spared. Use ``transport.kind: tcp``.
     """
     proxies: dict[str, FaultyProxy] = {}
-    start = local.start
+    start = launch.start
+    kept = LogLines(on_line) if on_line else None
 
     def start_behind_proxy(name, arguments, settings, lines, *more):
-        process = start(name, arguments, settings, on_line or lines, *more)
+        process = start(name, arguments, settings, kept or lines, *more)
         if name.partition(":")[0] == role:
             reading, writing = os.pipe()
-            told, process.report = process.report, os.fdopen(reading, "rb")
-            threading.Thread(target=tell, args=(name, told, writing), daemon=True).start()
+            told, process.reports = process.reports, Reports(reading)
+            threading.Thread(target=pass_on, args=(name, told, writing), daemon=True).start()
         return process
 
-    def tell(name, told, writing):
-        with told, os.fdopen(writing, "wb") as pipe:
-            if line := told.readline():
-                said = json.loads(line)
-                if name in proxies:  # of the process before it
-                    proxies[name].close()
-                proxies[name] = FaultyProxy(said["address"], spared=1)
-                said["address"] = proxies[name].address
-                pipe.write(json.dumps(said).encode() + b"\n")
+    def pass_on(name, told, writing):
+        while told.is_open:
+            select([told], [], [])
+            for fact in told.read():
+                if "address" in fact:
+                    if name in proxies:  # of the process before it
+                        proxies[name].close()
+                    proxies[name] = FaultyProxy(fact["address"], spared=1)
+                    fact["address"] = proxies[name].address
+                tell(writing, **fact)
+        os.close(writing)
 
-    monkeypatch.setattr(local, "start", start_behind_proxy)
+    monkeypatch.setattr(launch, "start", start_behind_proxy)
     return proxies
