@@ -17,7 +17,7 @@
     crossing:  [{rows, columns, seconds}]              # to the host and back, with --config
     links:     {peers: null, bytes_per_s: null, message_s: null}
 
-``links`` is null until a run over two devices fills it: ``peers`` lists what was joined, the other
+``links`` is null until ``profile --edge`` fills it: ``peers`` lists what was joined, the other
 two are per direction.
 """
 

@@ -43,6 +43,8 @@ def load(
     on_stage: OnStage | None = None,
     shadow_folder: str | Path | None = None,
     timeline: Timeline | None = None,
+    launcher: str = "local",
+    attach: str | Path | None = None,
     **overrides: Any,
 ) -> Engine:
     """Load a model as a config file says and return an engine ready to generate.
@@ -51,7 +53,8 @@ def load(
     ``ablate`` zeroes a part (attention, experts or vision), to see what it is worth. ``on_stage``
     is called with each stage's name once it is loaded. ``shadow_folder`` is where the shadow check
     puts excesses; ``shadow-excess`` beside the config unless given. ``timeline`` takes what ran
-    when, in every role.
+    when, in every role. With ``runtime.processes: per-role``, ``launcher`` (local or ray) starts
+    the roles; ``attach``, the file of a ``step3-hetero up``, takes its roles instead.
 
     Raises:
         ConfigError, BackendNotFound, UnsupportedOp, PlacementError, CheckpointError: what is wrong,
@@ -63,7 +66,13 @@ def load(
     resolved = resolve(read, checkpoint.config)
     runtime = resolved.config.runtime
     if runtime.processes == "per-role":
-        executor = _process_executor(resolved, ablate, observer, on_stage, timeline)
+        executor = _process_executor(
+            resolved, ablate, observer, on_stage, timeline, launcher, attach
+        )
+    elif launcher != "local" or attach is not None:
+        raise resolved.config.error(
+            "runtime.processes", "one leaves no role to launch or attach to; set it to per-role"
+        )
     else:
         source = Ablated(checkpoint, checkpoint.names(), ablate) if ablate else checkpoint
         shadow = _shadow(resolved, source, shadow_folder)
@@ -107,9 +116,13 @@ def _process_executor(
     observer: Observer | None,
     on_stage: OnStage | None,
     timeline: Timeline | None,
+    launcher: str,
+    attach: str | Path | None,
 ) -> Executor:
     """Start the roles' processes; what looks at stages from inside cannot follow them there."""
+    from step3_hetero.afd.launchers import launcher_of
     from step3_hetero.afd.local import executor
+    from step3_hetero.afd.up import read_attach
 
     if observer is not None:
         raise ConfigError("an observer sees the stages of one process: set runtime.processes: one")
@@ -117,7 +130,9 @@ def _process_executor(
         raise resolved.config.error(
             "runtime.shadow_backend", "is not available yet with runtime.processes: per-role"
         )
-    return executor(resolved, ablate, on_stage, timeline=timeline)
+    hosts = None if attach is None else read_attach(Path(attach), resolved.config)
+    started_by = launcher_of(launcher, resolved, ablate) if hosts is None else None
+    return executor(resolved, ablate, on_stage, timeline=timeline, launcher=started_by, hosts=hosts)
 
 
 def _shadow(

@@ -165,9 +165,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
 @pytest.mark.parametrize(
     ("old", "new", "want"),
     [
-        ("max_batch: 8}", "processes: per-role}\ntransport: {kind: inproc}",
-         "run.yaml:12: transport.kind: 'inproc' carries nothing between processes; use shm, or tcp "
-         "between machines"),
         ("dtype: fp32", "microbatches: 2",
          "run.yaml:11: runtime.microbatches: 2 refused; allowed: 1 with runtime.processes: one; "
          "set that to per-role"),
@@ -181,9 +178,11 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
         ("backend: cpu", "backend: cpu\n    ep: 2",
          "run.yaml:7: roles.a.ep: 2 is not available yet; use 1"),
         ("backend: cpu", "backend: cpu\n    spares: 1",
-         "run.yaml:7: roles.a.spares: 1 is not available yet; use 0"),
+         "run.yaml:7: roles.a.spares: 1 refused; allowed: 0 with runtime.processes: one; "
+         "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    hosts: [b]",
-         "run.yaml:7: roles.a.hosts: a list is not available yet; leave it out"),
+         "run.yaml:7: roles.a.hosts: a list refused; leave it out with runtime.processes: one; "
+         "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    weights: fp8",
          "run.yaml:7: roles.a.weights: 'fp8' is not available yet; use 'auto' or 'fp32' or 'bf16' "
          "or 'int8'"),
@@ -244,6 +243,33 @@ def test_words_that_old_yaml_takes_for_booleans_and_dates_are_text(read):
     config = read(RUN.replace("  f:", "  on:") + "predicted: {no: off, day: 2026-01-02, n: 010}\n")
     assert list(config.roles) == ["a", "on"]
     assert config.predicted == {"no": "off", "day": "2026-01-02", "n": 10}
+
+
+APART = ("runtime.processes=per-role", "transport.kind=tcp")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "want"),
+    [
+        (("roles.f.hosts=[x:1, y:2]",),
+         "roles.f.hosts: expected 1 addresses, got 2 (instances + spares)"),
+        (("roles.f.hosts=[]",), "--set roles.f.hosts=[]: roles.f.hosts: is empty"),
+        (("roles.f.hosts=[x:1]", "transport.kind=inproc"),
+         "roles.f.hosts: inproc reaches no other process; use tcp, or shm here"),
+    ],
+)  # fmt: skip
+def test_roles_that_stand_need_an_address_each_and_a_transport_that_reaches_them(
+    read, overrides, want
+):
+    with pytest.raises(ConfigError) as refused:
+        read(RUN, *APART, *overrides)
+    assert want in str(refused.value)
+
+
+def test_hosts_may_list_spares_and_threads_need_none(read):
+    hosts = ("roles.f.spares=1", "roles.f.hosts=[x:1, y:2]")
+    assert read(RUN, *APART, *hosts).roles["f"].hosts == ("x:1", "y:2")
+    assert read(RUN, APART[0], "transport.kind=inproc").roles["f"].hosts is None
 
 
 def test_override_replaces_a_value_and_answers_for_it(read):

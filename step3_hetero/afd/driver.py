@@ -18,6 +18,7 @@ from step3_hetero.afd.messages import (
 )
 from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
+from step3_hetero.afd.worker import IsOver
 from step3_hetero.backend import Array, KVCache
 from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.runtime.clocks import WAIT
@@ -64,9 +65,9 @@ class Driver:
         self._answers: deque[Message] = deque()
         self._numbers = itertools.count(1)
 
-    def serve(self, front: Link) -> None:
-        """Serve until the front says stop or is gone."""
-        while True:
+    def serve(self, front: Link, is_over: IsOver) -> None:
+        """Serve until the front says stop or is gone, or ``is_over`` says so."""
+        while not is_over([front], busy=bool(self._underway)):
             links = [link for remote in self._remotes.values() for link in remote.links]
             for link in self._awaited([front, *links]):
                 if link is front:

@@ -2,81 +2,53 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from step3_hetero.afd.contract import Contract, agree
-from step3_hetero.afd.launch import RoleProcess
+from step3_hetero.afd.contract import Contract
+from step3_hetero.afd.doorman import FRONT
+from step3_hetero.afd.greeting import say_hello, take_agreed
+from step3_hetero.afd.launcher import START_S, Handle, Launcher, Member
 from step3_hetero.afd.link import Heart, Link, Message, ready
 from step3_hetero.afd.messages import Kind, batch_parcel, result_of
-from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
+from step3_hetero.afd.seats import GONE, Seat, Seats, State
+from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.runtime.clocks import StageClock, sum_of
 from step3_hetero.runtime.executor import Executor
 from step3_hetero.runtime.microbatch import Landed, MicroBatch, Ticket
 from step3_hetero.runtime.timeline import Timeline, spans_of
 from step3_hetero.specs import Limits
-
-GONE = (RoleLost, TransportTimeout)
-
-START_S = 300.0
-"""How long a role may take to import its backend and load its weights."""
+from step3_hetero.transport.base import CorruptFrame
 
 MOST_DEATHS = 5
 """An instance that has died so often, without a micro-batch finished in between, stays dead."""
 
+BUSY_S = 5.0
+"""How long a role that stands may go on serving a front that has just ended."""
 
-@dataclass(frozen=True)
-class Member:
-    """One instance of one role; ``leads``: it owns a cache and takes micro-batches."""
-
-    role: str
-    number: int
-    leads: bool
-
-    @property
-    def name(self) -> str:
-        """Return ``a:0``."""
-        return f"{self.role}:{self.number}"
-
-
-@dataclass(eq=False)
-class Seat:
-    """A member's place: the process that fills it now, and how far that has come."""
-
-    member: Member
-    process: RoleProcess | None = None
-    link: Link | None = None
-    address: str = ""
-    is_ready: bool = False
-    deaths: int = 0
-    waiting: deque[tuple[Kind, int, Mapping[str, Any], Mapping[str, Any]]] = field(
-        default_factory=deque
-    )
-
-
-Launch = Callable[[Member], RoleProcess]
 Connect = Callable[[str, str], Link]
 OnReady = Callable[[str], None]
 
+Waiting = deque[tuple[Any, ...]]
+"""Micro-batches for an instance that is not there now."""
+
 
 class ProcessExecutor(Executor):
-    """Runs every role in processes of its own. Only ``collect`` waits.
+    """Runs every role elsewhere. Only ``collect`` waits.
 
-    An instance without a cache that dies is started again; who called it asks another one or waits
-    for it. An attention instance that dies loses its sequences' keys: their micro-batches come back
-    without a result, and they are computed again from their tokens once it is back.
+    An instance without a cache that dies is replaced by a spare, else started again; who called it
+    asks another one or waits for it. An attention instance that dies loses its sequences' keys:
+    their micro-batches come back without a result, and they are computed again from their tokens,
+    on a spare at once, else as soon as it is back.
     """
 
     def __init__(
         self,
         members: Sequence[Member],
-        launch: Launch,
+        instances: Mapping[str, int],
+        launcher: Launcher,
         connect: Connect,
         contract: Contract,
         limits: Limits,
@@ -86,27 +58,28 @@ class ProcessExecutor(Executor):
         on_ready: OnReady | None = None,
         timeline: Timeline | None = None,
     ) -> None:
+        """``members`` are instances and spares; ``instances`` counts the former, by role."""
         self.timeline = timeline
         self.limits = limits
         self.kv_blocks = kv_blocks
         self.clock = StageClock()
-        self.instances = sum(m.leads for m in members)
         self.microbatches = microbatches
-        self._launch = launch
+        self.clocks: dict[str, StageClock] = {}
+        self._launcher = launcher
         self._connect = connect
         self._contract = contract
         self._deadline_s = deadline_s
         self._on_ready = on_ready
         self._heart = Heart(deadline_s)
-        self._seats = [Seat(m) for m in members]
-        self._leading = [s for s in self._seats if s.member.leads]
+        self._seats = Seats(members, instances)
+        self.instances = sum(s.member.leads and s.place is not None for s in self._seats)
+        self._waiting: list[Waiting] = [deque() for _ in range(self.instances)]
         self._flying: dict[int, int] = {}
         self._landed: deque[Landed] = deque()
-        self.clocks: dict[str, StageClock] = {}
         self._submitted = 0
         try:
             for seat in self._seats:
-                seat.process = launch(seat.member)
+                seat.starts(launcher.launch(seat.member))
             self._wait_until_ready()
         except BaseException:
             self.close()
@@ -116,8 +89,12 @@ class ProcessExecutor(Executor):
         """Send a micro-batch, or keep it until its instance is back."""
         self._submitted += 1
         self._flying[self._submitted] = instance
-        said, arrays = batch_parcel(batch)
-        self._tell(self._leading[instance], Kind.BATCH, self._submitted, said, arrays)
+        message = (Kind.BATCH, self._submitted, *batch_parcel(batch))
+        seat = self._seats.leading(instance)
+        if seat.is_ready:
+            seat.told(*message)
+        else:
+            self._waiting[instance].append(message)
         return Ticket(self._submitted)
 
     def collect(self, deadline_s: float | None = None) -> Landed:
@@ -125,140 +102,150 @@ class ProcessExecutor(Executor):
         until = time.monotonic() + (START_S if deadline_s is None else deadline_s)
         while not self._landed:
             if time.monotonic() > until:
-                raise TransportTimeout(f"no micro-batch came back: {self._standing()}")
+                raise TransportTimeout(f"no micro-batch came back: {self._seats.standing()}")
             self._attend(min(0.5, self._deadline_s / 2))
         return self._landed.popleft()
 
     def forget_image(self, key: int, instance: int = 0) -> None:
         """Drop the rows of an image."""
-        self._tell(self._leading[instance], Kind.FORGET, 0, {"key": key}, {})
+        self._tell(instance, Kind.FORGET, {"key": key})
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
         """Copy logical KV blocks in every layer of one instance."""
-        self._tell(self._leading[instance], Kind.COPY, 0, {"pairs": list(pairs)}, {})
+        self._tell(instance, Kind.COPY, {"pairs": list(pairs)})
 
     def close(self) -> None:
-        """End every process, those that lead first: the others serve them to the last."""
+        """End every role, those that lead first: the others serve them to the last."""
         for seat in sorted(self._seats, key=lambda s: not s.member.leads):
-            if seat.link is not None:
-                with suppress(*GONE):
-                    seat.link.send(Kind.STOP)
+            seat.told(Kind.STOP)
         for seat in self._seats:
-            if seat.process is not None:
-                seat.process.end(at_once=seat.link is None)
-                seat.process = None
-            if seat.link is not None:
-                seat.link.close()
+            seat.empties(at_once=seat.link is None)
         self._heart.stop()
+        self._launcher.close()
 
     def processes(self) -> dict[str, int]:
-        """Return the process id of every member that lives, by name."""
-        return {s.member.name: s.process.popen.pid for s in self._seats if s.process is not None}
+        """Return the process id of every member that is a process of this machine, by name."""
+        held = {s.member.name: s.handle for s in self._seats if s.handle is not None}
+        return {name: handle.pid for name, handle in held.items() if handle.pid is not None}
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_S
         while not all(seat.is_ready for seat in self._seats):
             if time.monotonic() > until:
-                raise TransportTimeout(f"not ready after {START_S:g} s: {self._standing()}")
+                raise TransportTimeout(f"not ready after {START_S:g} s: {self._seats.standing()}")
             self._attend(0.5)
 
-    def _tell(
-        self,
-        seat: Seat,
-        kind: Kind,
-        seq: int,
-        said: Mapping[str, Any],
-        arrays: Mapping[str, Any],
-    ) -> None:
-        """Send, or keep for later what is to be sent to an instance that is not there now."""
-        if not seat.is_ready or seat.link is None:
-            if kind == Kind.BATCH:
-                seat.waiting.append((kind, seq, said, arrays))
-            return
-        with suppress(*GONE):  # whoever waits sees its end: what flew comes back without a result
-            seat.link.send(kind, seq, said, arrays)
+    def _tell(self, instance: int, kind: Kind, said: Mapping[str, Any]) -> None:
+        seat = self._seats.leading(instance)
+        if seat.is_ready:  # one that is not has nothing to forget or copy
+            seat.told(kind, 0, said)
 
     def _attend(self, wait_s: float) -> None:
         """Take in whatever has happened, waiting for it at most ``wait_s``."""
-        watched: dict[int, Seat] = {}
-        waiting: list[int] = []
-        for seat in self._seats:
-            process = seat.process
-            if process is None:
-                continue
-            handles = [process.fileno()]
-            handles += [seat.link.fileno()] if seat.link else [process.report.fileno()]
-            watched |= dict.fromkeys(handles, seat)
-            waiting += handles
-        for handle in ready(waiting, wait_s):
+        watched = {handle: seat for seat in self._seats for handle in seat.watched()}
+        for handle in ready(watched, wait_s):
             seat = watched[handle]
-            if seat.process is None:
-                continue
+            if handle not in seat.watched():
+                continue  # what came before in this round has closed it
             if seat.link is not None and handle == seat.link.fileno():
                 self._read(seat, seat.link)
-            elif handle == seat.process.fileno():
-                self._died(seat, seat.process)
-            else:
-                self._greet(seat, seat.process)
+            elif seat.handle is not None and handle == seat.handle.fileno():
+                self._died(seat, seat.handle)
+            elif seat.handle is not None:
+                self._hear(seat, seat.handle)
         for seat in self._seats:
-            if self._is_silent(seat):
-                self._give_up(seat)
+            if seat.handle is not None and seat.is_silent(self._deadline_s):
+                seat.handle.kill()  # its end is seen next
 
-    def _greet(self, seat: Seat, process: RoleProcess) -> None:
-        """Connect to a process that says where it listens, and agree on the contract."""
-        line = process.report.readline()
-        if not line:
-            return  # it is dying; its end is seen next
-        seat.address = str(json.loads(line)["address"])
-        seat.link = self._connect(seat.member.name, seat.address)
-        asked = time.monotonic()
-        seat.link.send(Kind.HELLO, said={"contract": dict(self._contract), "from": "the front"})
-        agreed = seat.link.wants(Kind.AGREED, START_S)
-        agree(self._contract, agreed.said["contract"], "the front", seat.member.name)
-        seat.link.compare_clocks(asked, float(agreed.said.get("now", asked)))
-        seat.link.send(Kind.LOAD)
-        self._heart.watch(seat.link)
+    def _hear(self, seat: Seat, handle: Handle) -> None:
+        """Take in what a role reports; once it says where it listens, connect and greet it."""
+        for fact in handle.reports.read():
+            if "address" in fact and seat.state is State.STARTING:
+                self._greet(seat, handle, str(fact["address"]))
+
+    def _greet(self, seat: Seat, handle: Handle, address: str) -> None:
+        seat.address = address
+        try:
+            if handle.channel is not None:
+                seat.link, handle.channel = Link(handle.channel, seat.member.name), None
+            else:
+                seat.link = self._connect(seat.member.name, address)
+            traced = self.timeline is not None
+            seat.asked_s = say_hello(seat.link, self._contract, FRONT, traced=traced)
+            seat.moves(State.GREETING)
+        except GONE:
+            self._broke(seat)
+
+    def _broke(self, seat: Seat) -> None:
+        """Let go of a link that is gone; the end of what was behind it is seen next, or made."""
+        seat.lets_go()
+        seat.moves(State.BROKEN)
 
     def _read(self, seat: Seat, link: Link) -> None:
         try:
             message = link.receive(self._deadline_s)
-        except GONE:
-            return  # the process's end, or its silence, tells the rest
+        except (*GONE, CorruptFrame):  # a damaged frame may have been a result: it is made again
+            self._broke(seat)
+            return
         match message.kind:
+            case Kind.AGREED:
+                take_agreed(link, message, self._contract, FRONT, seat.asked_s)
+                seat.told(Kind.LOAD)
+                seat.moves(State.LOADING)
+                self._heart.watch(link)
+            case Kind.REFUSED:
+                self._refused(seat, message)
             case Kind.READY:
                 self._ready(seat)
             case Kind.RESULT:
-                self._land(seat, message)
+                self._land(seat, link, message)
+            case Kind.LEAVING:
+                seat.said_it_leaves = True
+                seat.moves(State.LEAVING)
             case Kind.FAILED:
                 raise Step3HeteroError(f"{seat.member.name}: {message.said.get('why')}")
             case Kind.LOST:
-                name = f"{message.said['role']}:{message.said['instance']}"
-                lost = next((s for s in self._seats if s.member.name == name), None)
-                if lost is not None and self._is_silent(lost):
-                    self._give_up(lost)
-                else:  # it lives, or will: whoever lost it may connect again
-                    self._point(seat)
+                self._lost(seat, message)
+
+    def _lost(self, teller: Seat, message: Message) -> None:
+        """Hear of an instance whose link to an attention instance is gone."""
+        lost = self._seats.at(str(message.said["role"]), int(message.said["instance"]))
+        if lost is not None and lost.handle is not None and lost.is_silent(self._deadline_s):
+            lost.handle.kill()
+        else:  # it lives, or will: whoever lost it may connect again
+            teller.told(Kind.PEERS, 0, {"peers": self._seats.where()})
+
+    def _refused(self, seat: Seat, message: Message) -> None:
+        """Wait a little for a role whose last front has just ended; else give up.
+
+        Raises:
+            EdgeMismatch, RoleLost: in the role's words.
+        """
+        why = f"{message.said.get('why')}"
+        if not message.said.get("busy"):
+            raise EdgeMismatch(why)
+        if time.monotonic() - seat.away_since_s > BUSY_S + 2 * self._deadline_s:
+            raise RoleLost(f"{why}: end that one first, or start roles of your own")
+        self._broke(seat)
 
     def _ready(self, seat: Seat) -> None:
-        seat.is_ready = True
+        seat.moves(State.READY)
         if self._on_ready is not None:
             self._on_ready(seat.member.name)
-        for leading in self._leading:
-            if leading.is_ready:
-                self._point(leading)
-        if seat.member.leads:
-            while seat.waiting:
-                self._tell(seat, *seat.waiting.popleft())
+        self._seats.needs(seat)
+        self._takes_place(seat)
 
-    def _point(self, leading: Seat) -> None:
-        """Tell an attention instance where the others listen."""
-        peers: dict[str, dict[int, str]] = {}
-        for seat in self._seats:
-            if seat.is_ready and not seat.member.leads:
-                peers.setdefault(seat.member.role, {})[seat.member.number] = seat.address
-        self._tell(leading, Kind.PEERS, 0, {"peers": peers}, {})
+    def _takes_place(self, seat: Seat) -> None:
+        """Let everybody know who does an instance's work now, and give it what waits for it."""
+        for leading in self._seats:
+            if leading.member.leads and leading.is_ready:
+                leading.told(Kind.PEERS, 0, {"peers": self._seats.where()})
+        if seat.member.leads and seat.place is not None:
+            waiting = self._waiting[seat.place]
+            while waiting:
+                seat.told(*waiting.popleft())
 
-    def _land(self, seat: Seat, message: Message) -> None:
+    def _land(self, seat: Seat, link: Link, message: Message) -> None:
         seat.deaths = 0
         for other in self._seats:
             if not other.member.leads and other.is_ready:
@@ -267,44 +254,49 @@ class ProcessExecutor(Executor):
             return
         self.clocks[seat.member.name] = StageClock.of_wire(message.said.get("times", ()))
         self.clock = sum_of(self.clocks)
-        if self.timeline is not None and seat.link is not None:
-            self.timeline.extend(spans_of(message.said.get("spans", ()), -seat.link.ahead_s))
+        if self.timeline is not None:
+            self.timeline.extend(spans_of(message.said.get("spans", ()), -link.ahead_s))
         result = result_of(message.said, message.arrays)
         self._landed.append(Landed(Ticket(message.seq), result))
 
-    def _is_silent(self, seat: Seat) -> bool:
-        if seat.link is None or not seat.is_ready:
-            return False
-        return seat.link.silent_s() > self._deadline_s
+    def _died(self, seat: Seat, handle: Handle) -> None:
+        """Replace what is no more; bring back without a result what was lost with it."""
+        how = handle.how_it_ended()
+        was_ready = seat.was_ready
+        if was_ready:
+            seat.away_since_s = time.monotonic()
+        if not seat.said_it_leaves and (was_ready or not handle.returns):
+            seat.deaths += 1
+        seat.empties(at_once=True)
+        seat.moves(State.STARTING)
+        if handle.error is not None:
+            raise handle.error
+        self._give_up_for_good(seat, how, handle, was_ready)
+        if seat.member.leads and seat.place is not None:
+            self._lose(seat.place)
+        if (spare := self._seats.replaced(seat)) is not None:
+            self._takes_place(spare)
+        if seat.place is not None or seat.deaths <= MOST_DEATHS:
+            seat.starts(self._launcher.launch(seat.member))
 
-    def _give_up(self, seat: Seat) -> None:
-        """Kill a process that gives no sign of life; its end is seen next."""
-        if seat.process is not None:
-            os.kill(seat.process.popen.pid, 9)
+    def _give_up_for_good(self, seat: Seat, how: str, handle: Handle, was_ready: bool) -> None:
+        """Fail the requests for an instance that will not come back.
 
-    def _died(self, seat: Seat, process: RoleProcess) -> None:
-        """Bring back without a result what was lost with a process, and start it again."""
-        how = process.how_it_ended()
-        was_ready, seat.is_ready = seat.is_ready, False
-        process.end(at_once=True)
-        seat.process = None
-        if seat.link is not None:
-            seat.link.close()
-            seat.link = None
-        seat.deaths += 1
-        if not was_ready or seat.deaths > MOST_DEATHS:
-            raise RoleLost(
-                f"{seat.member.name} ended with {how}"
-                + (f", {seat.deaths} times in a row" if was_ready else " before it was ready")
-                + "; its log says why"
-            )
-        if seat.member.leads:
-            instance = self._leading.index(seat)
-            for number in [n for n, i in self._flying.items() if i == instance]:
-                del self._flying[number]
-                self._landed.append(Landed(Ticket(number), None))
-        seat.process = self._launch(seat.member)
+        Raises:
+            RoleLost: it never was ready, died too often, or did not return within `START_S`.
+        """
+        is_spare = seat.place is None and self._submitted > 0
+        away_s = time.monotonic() - seat.away_since_s
+        if is_spare or (handle.returns and away_s < START_S and seat.deaths <= MOST_DEATHS):
+            return
+        if was_ready and seat.deaths <= MOST_DEATHS:
+            return
+        often = f", {seat.deaths} times in a row" if was_ready else " before it was ready"
+        raise RoleLost(f"{seat.member.name} ended with {how}{often}; its log says why")
 
-    def _standing(self) -> str:
-        said = [f"{s.member.name} {'ready' if s.is_ready else 'starting'}" for s in self._seats]
-        return ", ".join(said)
+    def _lose(self, instance: int) -> None:
+        """Let all that an attention instance had under way be computed again."""
+        self._waiting[instance].clear()
+        for number in [n for n, i in self._flying.items() if i == instance]:
+            del self._flying[number]
+            self._landed.append(Landed(Ticket(number), None))

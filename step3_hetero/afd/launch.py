@@ -9,64 +9,100 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO
 
-OnLine = Callable[[str, str], None]
-"""Called with a process's name and a line that it wrote."""
-
-GRACE_S = 3.0
-"""How long a process may take to end when asked."""
+from step3_hetero.afd.launcher import GRACE_S, Handle, Launcher, Member, Reports
+from step3_hetero.afd.loglines import LogLines, OnLine
 
 
 @dataclass(eq=False)
-class RoleProcess:
-    """A role's process; ``report`` is the pipe on which it tells where it listens."""
+class RoleProcess(Handle):
+    """A role's process. ``pidfd`` names it for good, its number may be another's tomorrow."""
 
     name: str
     popen: subprocess.Popen[bytes]
-    report: IO[bytes]
+    reports: Reports
     pidfd: int
-    threads: list[threading.Thread] = field(default_factory=list)
+    lines: threading.Thread
+
+    def __post_init__(self) -> None:
+        self.pid = self.popen.pid
 
     def fileno(self) -> int:
-        """Return what ``select`` finds readable once the process has ended."""
+        """See Handle.fileno."""
         return self.pidfd
 
     def how_it_ended(self) -> str:
-        """Say with which code or signal it ended."""
+        """See Handle.how_it_ended."""
         code = self.popen.wait()
         if code < 0:
             names = {int(s): s.name for s in signal.Signals}
             return f"signal {names.get(-code, -code)}"
         return f"exit code {code}"
 
+    def kill(self) -> None:
+        """See Handle.kill."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def ask(self) -> None:
+        """See Handle.ask."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+
     def end(self, *, at_once: bool = False) -> None:
-        """See to it that the process is no more."""
+        """See Handle.end."""
         if not at_once:
             try:
                 self.popen.wait(GRACE_S)
             except subprocess.TimeoutExpired:
                 at_once = True
         if at_once:
-            self.popen.kill()
+            self.kill()
             self.popen.wait()
-        for thread in self.threads:
-            thread.join(GRACE_S)
-        self.report.close()
+        self.lines.join(GRACE_S)
+        self.reports.close()
         if self.popen.stdin is not None:
             with suppress(BrokenPipeError):
                 self.popen.stdin.close()
         os.close(self.pidfd)
 
 
+class LocalProcesses(Launcher):
+    """Starts ``step3-hetero role`` on this machine, each on the cores that it is given."""
+
+    def __init__(
+        self,
+        settings: str,
+        cores: Callable[[Member], Sequence[int]],
+        on_line: OnLine,
+        listen: Callable[[Member], Sequence[str]] = lambda member: (),
+    ) -> None:
+        """``settings``, one line, are the first that a role reads; ``listen`` are more options."""
+        self._settings = settings
+        self._cores = cores
+        self._listen = listen
+        self._lines = LogLines(on_line)
+
+    def launch(self, member: Member) -> RoleProcess:
+        """See Launcher.launch."""
+        arguments = ["role", "-", "--name", member.role, "--number", str(member.number)]
+        arguments += self._listen(member)
+        return start(member.name, arguments, self._settings, self._lines, self._cores(member))
+
+    def close(self) -> None:
+        """See Launcher.close."""
+        self._lines.close()
+
+
 def start(
-    name: str, arguments: Sequence[str], settings: str, on_line: OnLine, cores: Sequence[int] = ()
+    name: str, arguments: Sequence[str], settings: str, lines: LogLines, cores: Sequence[int] = ()
 ) -> RoleProcess:
     """Start ``python -m step3_hetero.cli ARGUMENTS --report FD`` as a role.
 
-    ``settings``, one line, are the first it reads from its standard input, which stays open: when
-    it ends, so does the role. ``cores`` are those that it is kept on; all of them when empty.
+    ``settings`` go to its standard input, which stays open: when it ends, so does the role.
+    ``cores`` are those that it is kept on; all of them when empty.
     """
     reading, writing = os.pipe()
     kept = ["--cores", ",".join(map(str, cores))] if cores else []
@@ -81,19 +117,11 @@ def start(
     )
     os.close(writing)
     assert popen.stdin is not None and popen.stdout is not None
-    popen.stdin.write(settings.encode() + b"\n")
-    popen.stdin.flush()
-    process = RoleProcess(name, popen, os.fdopen(reading, "rb"), os.pidfd_open(popen.pid))
-    lines = threading.Thread(target=_pass_on, args=(name, popen.stdout, on_line), daemon=True)
-    lines.start()
-    process.threads.append(lines)
-    return process
-
-
-def _pass_on(name: str, stream: IO[bytes], on_line: OnLine) -> None:
-    with stream:
-        for line in stream:
-            on_line(name, line.decode(errors="replace").rstrip("\n"))
+    with suppress(BrokenPipeError):  # its end, seen next, says more than that nobody reads
+        popen.stdin.write(settings.encode() + b"\n")
+        popen.stdin.flush()
+    followed = lines.follow(name, popen.stdout)
+    return RoleProcess(name, popen, Reports(reading), os.pidfd_open(popen.pid), followed)
 
 
 def end_with(lifeline: IO[str]) -> None:

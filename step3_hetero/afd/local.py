@@ -1,26 +1,32 @@
-"""Roles on this machine: the front's executor, and the same role seen from its own process."""
+"""A config's roles, from both sides: the front's executor, and one role seen from where it runs."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from step3_hetero.afd.contract import edge_contract, part_bytes
-from step3_hetero.afd.front import Member, OnReady, ProcessExecutor
+from step3_hetero.afd.contract import Contract, edge_contract, part_bytes
+from step3_hetero.afd.drain import Drain
+from step3_hetero.afd.elsewhere import Standing, Threads
+from step3_hetero.afd.front import OnReady, ProcessExecutor
 from step3_hetero.afd.key import shared_key
-from step3_hetero.afd.launch import OnLine, RoleProcess, start
+from step3_hetero.afd.launch import LocalProcesses
+from step3_hetero.afd.launcher import Launcher, Launchers, Member
 from step3_hetero.afd.link import Link, limits
+from step3_hetero.afd.loglines import OnLine
 from step3_hetero.afd.members import cores_for, members
-from step3_hetero.afd.role import RoleProcessSettings, serve
+from step3_hetero.afd.role import Loaded, RoleProcessSettings, Tell, serve, stand
 from step3_hetero.afd.wire import Wire
 from step3_hetero.config import Config
 from step3_hetero.emulate.asked import links_from
 from step3_hetero.model.ablate import Ablated
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.runtime.loader import load_stages
+from step3_hetero.runtime.placing import Placement
 from step3_hetero.runtime.resolving import (
     Resolved,
     checkpoint_folder,
@@ -34,6 +40,9 @@ from step3_hetero.specs import TensorSource
 from step3_hetero.transport.base import FrameLimits
 from step3_hetero.transport.registry import get_transport
 
+Hosts = Mapping[str, Sequence[str]]
+"""Where roles stand that somebody else started: by role, an address for each instance."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -42,7 +51,8 @@ class Given:
     values: Mapping[str, Any]
     folder: str
     ablate: str | None = None
-    traced: bool = False
+    stands: bool = False
+    """It serves one front after another, and loads before the first has come."""
 
     def line(self) -> str:
         """Return the line."""
@@ -53,6 +63,26 @@ class Given:
         """Read the line."""
         return cls(**json.loads(line))
 
+    def config(self) -> Config:
+        """Return the config as whoever started the role read it."""
+        return Config.from_dict(self.values, self.folder)
+
+
+def slots(config: Config, placement: Placement) -> list[Member]:
+    """Return every instance of every role, and behind a role's instances its spares.
+
+    Raises:
+        ConfigError: as ``members``.
+    """
+    found: list[Member] = []
+    for member in members(config, placement):
+        found.append(member)
+        role = config.roles[member.role]
+        if member.number == role.instances - 1:
+            numbers = range(role.instances, role.instances + role.spares)
+            found += [Member(member.role, n, member.leads) for n in numbers]
+    return found
+
 
 def executor(
     resolved: Resolved,
@@ -60,41 +90,87 @@ def executor(
     on_ready: OnReady | None = None,
     on_line: OnLine | None = None,
     timeline: Timeline | None = None,
+    launcher: Launcher | None = None,
+    hosts: Hosts | None = None,
 ) -> ProcessExecutor:
-    """Start every role of a config in processes of their own and wait until they are ready.
+    """Start every role of a config elsewhere and wait until all are ready.
+
+    ``launcher`` starts those that have no address in ``hosts`` or the config; without it they are
+    processes of this machine, or threads of this process where the transport goes no further.
 
     Raises:
         ConfigError: the roles cannot be cut so.
         EdgeMismatch, RoleLost, TransportTimeout: a role did not come up.
     """
     config, placement = resolved.config, resolved.placement
-    every = members(config, placement)
-    traced = timeline is not None
-    given = Given(config.values(), str(config.folder), ablate, traced).line()
-    transport = get_transport(config.transport.kind)
-    allowed, key = frame_limits(resolved), shared_key(config)
-
-    def launch(member: Member) -> RoleProcess:
-        arguments = ["role", "-", "--name", member.role, "--number", str(member.number)]
-        cores = cores_for(every.index(member), len(every))
-        return start(member.name, arguments, given, on_line or _to_stderr, cores)
+    transport, key = get_transport(config.transport.kind), shared_key(config)
+    allowed, deadline_s = frame_limits(resolved), config.transport.deadline_s
+    standing = {name: role.hosts for name, role in config.roles.items() if role.hosts}
+    standing |= {name: tuple(addresses) for name, addresses in (hosts or {}).items()}
+    if launcher is None:
+        launcher = _own_launcher(resolved, ablate, on_line or to_stderr, set(standing))
+    reach = Standing(standing, transport, allowed, deadline_s, key)
 
     def connect(name: str, address: str) -> Link:
-        deadline_s = config.transport.deadline_s
         return Link(transport.connect(address, allowed, deadline_s, key), name)
 
     return ProcessExecutor(
-        every,
-        launch,
+        slots(config, placement),
+        {name: role.instances for name, role in config.roles.items()},
+        Launchers(dict.fromkeys(standing, reach), launcher),
         connect,
-        edge_contract(config, placement, checkpoint_folder(config)),
+        contract(resolved, ablate),
         placement.limits,
         placement.kv_blocks,
         config.runtime.microbatches,
-        config.transport.deadline_s,
+        deadline_s,
         on_ready,
         timeline,
     )
+
+
+def _own_launcher(
+    resolved: Resolved, ablate: str | None, on_line: OnLine, elsewhere: set[str]
+) -> Launcher:
+    config = resolved.config
+    if config.transport.kind == "inproc":
+
+        def serve_here(member: Member, tell: Tell, drain: Drain) -> None:
+            serve_role(config, member.role, member.number, "", tell, drain, ablate=ablate)
+
+        return Threads(serve_here)
+    given = Given(config.values(), str(config.folder), ablate)
+    return local_processes(resolved, given, on_line, elsewhere=elsewhere)
+
+
+def local_processes(
+    resolved: Resolved,
+    given: Given,
+    on_line: OnLine,
+    listen: Mapping[str, str] | None = None,
+    elsewhere: set[str] | None = None,
+) -> LocalProcesses:
+    """Return what starts roles here, each on cores of its own where there are enough.
+
+    ``listen`` gives, by member's name, where to listen; ``elsewhere`` are roles of other launchers.
+    """
+    every = slots(resolved.config, resolved.placement)
+    here = [m for m in every if m.role not in (elsewhere or ())]
+    where = listen or {}
+
+    def listening(member: Member) -> list[str]:
+        return ["--listen", where[member.name]] if member.name in where else []
+
+    return LocalProcesses(
+        given.line(), lambda m: cores_for(here.index(m), len(here)), on_line, listening
+    )
+
+
+def contract(resolved: Resolved, ablate: str | None) -> Contract:
+    """Return the edge contract, with what a command line changes of the weights."""
+    config = resolved.config
+    agreed = edge_contract(config, resolved.placement, checkpoint_folder(config))
+    return {**agreed, "ablate": ablate}
 
 
 def serve_role(
@@ -102,60 +178,98 @@ def serve_role(
     name: str,
     number: int,
     address: str,
-    report: Callable[[str], None],
+    tell: Tell,
+    drain: Drain,
     *,
     ablate: str | None = None,
-    traced: bool = False,
+    stands: bool = False,
 ) -> None:
-    """Be one instance of a role until the front says stop. ``report`` is told where it listens.
+    """Be one instance of a role: for one front, or with ``stands`` for one after another.
+
+    ``tell`` is told where it listens and how far it is.
 
     Raises:
         ConfigError: there is no such role or instance.
-        EdgeMismatch: the front has another config or checkpoint.
+        TransportTimeout: the front did not come.
+    """
+    with drain.idle():
+        check_member(config, name, number)
+        folder = checkpoint_folder(config)
+        checkpoint = Checkpoint.open(folder, model_config(config))
+        resolved = _on_own_device(resolve(config, checkpoint.config), name, number)
+        source: TensorSource = checkpoint
+        if ablate:
+            source = Ablated(checkpoint, checkpoint.names(), ablate)
+        settings = _settings(resolved, name, number, ablate)
+        drain.deadline_s = settings.deadline_s
+        listener = settings.transport.listen(address, settings.limits, settings.key)
+        tell(address=listener.address)
+    try:
+        (stand if stands else serve)(
+            settings, listener, lambda: _load(resolved, name, source, tell), drain, tell
+        )
+    finally:
+        listener.close()
+
+
+def check_member(config: Config, name: str, number: int) -> None:
+    """Refuse a role or an instance that a config does not have.
+
+    Raises:
+        ConfigError: with those that it has.
     """
     if name not in config.roles:
         raise config.error("roles", f"no role {name!r}; roles: {', '.join(config.roles)}")
-    instances = config.roles[name].instances
-    if not 0 <= number < instances:
-        raise config.error(f"roles.{name}.instances", f"no instance {number} of {instances}")
-    folder = checkpoint_folder(config)
-    checkpoint = Checkpoint.open(folder, model_config(config))
-    resolved = resolve(config, checkpoint.config)
-    source: TensorSource = checkpoint
-    if ablate:
-        source = Ablated(checkpoint, checkpoint.names(), ablate)
-    placement, transport = resolved.placement, get_transport(config.transport.kind)
-    (me,) = (m for m in members(config, placement) if (m.role, m.number) == (name, number))
-    settings = RoleProcessSettings(
+    role = config.roles[name]
+    count = role.instances + role.spares
+    if not 0 <= number < count:
+        raise config.error(f"roles.{name}.instances", f"no instance {number} of {count}")
+
+
+def _settings(
+    resolved: Resolved, name: str, number: int, ablate: str | None
+) -> RoleProcessSettings:
+    config, placement = resolved.config, resolved.placement
+    (me,) = (m for m in slots(config, placement) if (m.role, m.number) == (name, number))
+    return RoleProcessSettings(
         name=name,
         number=number,
         leads=me.leads,
         graph=resolved.graph,
         role_of=placement.role_of,
-        contract=edge_contract(config, placement, folder),
-        transport=transport,
+        contract=contract(resolved, ablate),
+        transport=get_transport(config.transport.kind),
         limits=frame_limits(resolved),
         tokens=placement.limits.tokens,
         deadline_s=config.transport.deadline_s,
         a2f=Wire.of(config.transport.a2f_dtype),
         f2a=Wire.of(config.transport.f2a_dtype),
         key=shared_key(config),
-        traced=traced,
         links=links_from(config, name),
     )
-    listener = transport.listen(address, settings.limits, settings.key)
-    report(listener.address)
-    try:
-        serve(settings, listener, lambda: _load(resolved, name, source))
-    finally:
-        listener.close()
 
 
-def _load(resolved: Resolved, name: str, source: TensorSource) -> Any:
-    placement = resolved.placement
+def _on_own_device(resolved: Resolved, name: str, number: int) -> Resolved:
+    """Give an instance its own of the role's devices, where the config lists them."""
+    devices = resolved.config.roles[name].devices
+    if devices is None:
+        return resolved
+    roles = dict(resolved.placement.roles)
+    roles[name] = replace(roles[name], index=devices[number])
+    return replace(resolved, placement=replace(resolved.placement, roles=roles))
+
+
+def _load(resolved: Resolved, name: str, source: TensorSource, tell: Tell) -> Loaded:
+    placement, count = resolved.placement, itertools.count(1)
     devices = stage_devices(resolved, open_devices(resolved, [name]))
     mine = {stage: d for stage, d in devices.items() if placement.role_of[stage] == name}
-    return load_stages(resolved.graph, mine, source, placement.limits, placement.kv_blocks)
+
+    def on_stage(stage: str) -> None:
+        tell(loaded=next(count))
+
+    return load_stages(
+        resolved.graph, mine, source, placement.limits, placement.kv_blocks, on_stage
+    )
 
 
 def frame_limits(resolved: Resolved) -> FrameLimits:
@@ -165,5 +279,6 @@ def frame_limits(resolved: Resolved) -> FrameLimits:
     return limits(max(part_bytes(resolved.graph, tokens), logits))
 
 
-def _to_stderr(name: str, line: str) -> None:
+def to_stderr(name: str, line: str) -> None:
+    """Print a role's line behind its name."""
     print(f"{name} | {line}", file=sys.stderr)

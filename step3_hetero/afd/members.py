@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from step3_hetero.afd.front import Member
+from step3_hetero.afd.launcher import Member
 from step3_hetero.config import Config, stage_ranges
 from step3_hetero.runtime.placing import Placement
 

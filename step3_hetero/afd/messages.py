@@ -78,6 +78,10 @@ class Kind(IntEnum):
     """Anybody: a frame came damaged; send again what is not answered yet."""
     LOST = 18
     """Attention to the front: an instance of another role is gone, or gives no sign of life."""
+    LEAVING = 19
+    """A role, to all it knows: send me nothing more; I answer what is under way and end."""
+    ECHO = 20
+    """Whoever measures the way, to a role without a front, and back: the same bytes again."""
 
 
 def batch_parcel(batch: MicroBatch) -> tuple[Said, Arrays]:

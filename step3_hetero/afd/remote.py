@@ -45,6 +45,7 @@ class Remote:
         self._addresses: dict[int, str] = {}
         self._asked: dict[int, Asked] = {}
         self._damaged: set[int] = set()
+        self._leaving: set[int] = set()
         self._lost: set[int] = set()
 
     @property
@@ -89,6 +90,8 @@ class Remote:
             return
         if message.kind == Kind.AGAIN:
             self._damage(number, link)
+        elif message.kind == Kind.LEAVING:  # what it has it answers; it gets no more
+            self._leaving.add(number)
         elif message.kind == Kind.FAILED:
             raise Step3HeteroError(str(message.said.get("why")))
         elif message.kind == Kind.ANSWER and self._asked.pop(message.seq, None) is not None:
@@ -117,8 +120,7 @@ class Remote:
     def _place(self) -> None:
         """Send what has not been sent to anybody who lives."""
         for asked in list(self._asked.values()):
-            while asked.link is None and self._links:
-                numbers = sorted(self._links)
+            while asked.link is None and (numbers := sorted(set(self._links) - self._leaving)):
                 number = numbers[self._first % len(numbers)]
                 self._send(asked, number)
 
@@ -147,6 +149,7 @@ class Remote:
     def _drop(self, number: int) -> None:
         link = self._links.pop(number, None)
         self._damaged.discard(number)
+        self._leaving.discard(number)
         if link is None:
             return
         self._lost.add(number)

@@ -1,13 +1,17 @@
-"""One role's process: listens, agrees, loads, serves."""
+"""One role's process: listens, agrees, loads, serves one front or one after another."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from step3_hetero.afd.contract import Contract, agree
+from step3_hetero.afd.contract import Contract
+from step3_hetero.afd.doorman import Doorman
+from step3_hetero.afd.drain import Drain, Service
 from step3_hetero.afd.driver import Driver
+from step3_hetero.afd.greeting import say_hello, take_agreed
+from step3_hetero.afd.launcher import START_S
 from step3_hetero.afd.link import Heart, Link
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.remote import Remote
@@ -24,14 +28,15 @@ from step3_hetero.runtime.program import Program
 from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.transport.base import CorruptFrame, FrameLimits, Listener, Transport
 
-GREETING_S = 10.0
-"""How long a peer may take to say who it is."""
-
-FRONT_S = 300.0
+FRONT_S = START_S
 """How long the front may take to come, and to ask for weights."""
 
-Load = Callable[[], tuple[Mapping[str, LoadedStage], Sequence[KVCache]]]
+Loaded = tuple[Mapping[str, LoadedStage], Sequence[KVCache]]
+Load = Callable[[], Loaded]
 """Loads the role's stages."""
+
+Tell = Callable[..., Any]
+"""Told facts for whoever started the role, as keywords: see `launcher.Reports`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,6 @@ class RoleProcessSettings:
     a2f: Wire
     f2a: Wire
     key: bytes | None = None
-    traced: bool = False
     links: Mapping[str, EmulatedLink] = field(default_factory=dict)
 
     @property
@@ -59,70 +63,126 @@ class RoleProcessSettings:
         """Return ``f:0``."""
         return f"{self.name}:{self.number}"
 
-    def timeline(self) -> Timeline | None:
-        """Return what takes the spans of this process, if they are wanted."""
-        return Timeline(self.label) if self.traced else None
 
-
-def serve(settings: RoleProcessSettings, listener: Listener, load: Load) -> None:
-    """Serve one front until it says stop or is gone.
+def serve(
+    settings: RoleProcessSettings, listener: Listener, load: Load, drain: Drain, tell: Tell
+) -> None:
+    """Serve one front until it says stop or is gone. Weights are loaded once it has agreed.
 
     Raises:
-        EdgeMismatch: the front reads the config, or has a checkpoint, other than ours.
         TransportTimeout: nobody came.
     """
-    front = _front(settings, listener)
+    doorman = Doorman(settings.label, settings.contract, listener)
+    try:
+        with drain.idle():
+            front, traced = doorman.front(drain, FRONT_S)
+            heart = Heart(settings.deadline_s)
+            heart.watch(front)
+            front.wants(Kind.LOAD, FRONT_S)
+            tell(state="loading")
+            loaded = load()
+        tell(state="ready")
+        front.send(Kind.READY)
+        forever = Service(front, drain, float("inf"))  # the lifeline tells of the front's end
+        _serve_front(settings, front, doorman, heart, loaded, forever, traced)
+        heart.stop()
+        front.close()
+    finally:
+        doorman.close()
+
+
+def stand(
+    settings: RoleProcessSettings, listener: Listener, load: Load, drain: Drain, tell: Tell
+) -> None:
+    """Load, then serve one front after another, until the drain is asked for.
+
+    A front that says nothing for two deadlines is given up: the way to it may be cut.
+    """
+    doorman = Doorman(settings.label, settings.contract, listener)
+    try:
+        with drain.idle():
+            tell(state="loading")
+            loaded = load()
+        while not drain.asked:
+            tell(state="ready")
+            with drain.idle():
+                front, traced = doorman.front(drain)
+            tell(state="serving")
+            try:
+                _one_of_many(settings, front, doorman, loaded, drain, traced)
+            except (EdgeMismatch, RoleLost, TransportTimeout, CorruptFrame) as cause:
+                tell(said=f"a front is served no longer: {cause}")
+        tell(state="leaving")
+    finally:
+        doorman.close()
+
+
+def _one_of_many(
+    settings: RoleProcessSettings,
+    front: Link,
+    doorman: Doorman,
+    loaded: Loaded,
+    drain: Drain,
+    traced: bool,
+) -> None:
     heart = Heart(settings.deadline_s)
     heart.watch(front)
-    front.wants(Kind.LOAD, FRONT_S)
-    stages, caches = load()
-    front.send(Kind.READY)
-    if settings.leads:
-        _lead(settings, front, heart, stages, caches)
-    else:
-        _work(settings, front, listener, heart, stages)
-    heart.stop()
-
-
-def _front(settings: RoleProcessSettings, listener: Listener) -> Link:
-    link = Link(listener.accept(FRONT_S), "the front")
-    _agree(settings, link)
-    return link
-
-
-def _agree(settings: RoleProcessSettings, link: Link) -> None:
-    hello = link.wants(Kind.HELLO, GREETING_S)
-    link.name = str(hello.said.get("from", link.name))
     try:
-        agree(settings.contract, hello.said["contract"], settings.label, link.name)
-    except EdgeMismatch as mismatch:
-        link.send(Kind.REFUSED, said={"why": str(mismatch)})
-        raise
-    link.send(Kind.AGREED, said={"contract": dict(settings.contract), "now": time.monotonic()})
+        front.wants(Kind.LOAD, FRONT_S)
+        front.send(Kind.READY)
+        service = Service(front, drain, 2 * settings.deadline_s)
+        _serve_front(settings, front, doorman, heart, loaded, service, traced)
+    finally:
+        heart.stop()
+        front.close()
+        doorman.front_left()
+
+
+def _serve_front(
+    settings: RoleProcessSettings,
+    front: Link,
+    doorman: Doorman,
+    heart: Heart,
+    loaded: Loaded,
+    service: Service,
+    traced: bool,
+) -> None:
+    timeline = Timeline(settings.label) if traced else None
+    if settings.leads:
+        _lead(settings, front, heart, loaded, service, timeline)
+        return
+
+    def greet() -> Link | None:
+        link = doorman.caller()
+        if link is not None:
+            heart.watch(link)
+        return link
+
+    worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.tokens, timeline)
+    worker.serve(front, doorman, greet, service.is_over)
 
 
 def _lead(
     settings: RoleProcessSettings,
     front: Link,
     heart: Heart,
-    stages: Mapping[str, LoadedStage],
-    caches: Sequence[KVCache],
+    loaded: Loaded,
+    service: Service,
+    timeline: Timeline | None,
 ) -> None:
     def connect(name: str, address: str) -> Link:
         channel = settings.transport.connect(
             address, settings.limits, settings.deadline_s, settings.key
         )
         link = Link(over(settings.links, name, channel), name)
-        hello = {"contract": dict(settings.contract), "from": settings.label}
-        asked = time.monotonic()
-        link.send(Kind.HELLO, said=hello)
+        asked_s = say_hello(link, settings.contract, settings.label)
         agreed = link.wants(Kind.AGREED, settings.deadline_s)
-        agree(settings.contract, agreed.said["contract"], settings.label, name)
-        link.compare_clocks(asked, float(agreed.said.get("now", asked)))
+        take_agreed(link, agreed, settings.contract, settings.label, asked_s)
         heart.watch(link)
         return link
 
-    program = Program(settings.graph, stages, StageClock(), timeline=settings.timeline())
+    stages, caches = loaded
+    program = Program(settings.graph, stages, StageClock(), timeline=timeline)
     elsewhere = sorted(set(settings.role_of.values()) - {settings.name})
     remotes = {
         role: Remote(role, settings.number, connect, settings.deadline_s) for role in elsewhere
@@ -130,26 +190,8 @@ def _lead(
     driver = Driver(
         program, caches, settings.role_of, remotes, settings.a2f, settings.f2a, settings.number
     )
-    driver.serve(front)
-    for remote in remotes.values():
-        remote.close()
-
-
-def _work(
-    settings: RoleProcessSettings,
-    front: Link,
-    listener: Listener,
-    heart: Heart,
-    stages: Mapping[str, LoadedStage],
-) -> None:
-    def greet(waiting: Listener) -> Link | None:
-        try:
-            link = Link(waiting.accept(GREETING_S), "a caller")
-            _agree(settings, link)
-        except (EdgeMismatch, RoleLost, TransportTimeout, CorruptFrame, KeyError):
-            return None
-        heart.watch(link)
-        return link
-
-    worker = Worker(stages, settings.a2f, settings.f2a, settings.tokens, settings.timeline())
-    worker.serve(front, listener, greet)
+    try:
+        driver.serve(front, service.is_over)
+    finally:
+        for remote in remotes.values():
+            remote.close()

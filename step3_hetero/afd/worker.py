@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from step3_hetero.afd.link import Link, Message, ready
 from step3_hetero.afd.messages import Kind, Said, number_of, rows_only, total_bytes
@@ -13,10 +14,24 @@ from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, Transp
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.timeline import SEND, TAKE, Timeline
 from step3_hetero.specs import HostArray, TensorSpec
-from step3_hetero.transport.base import CorruptFrame, Listener
+from step3_hetero.transport.base import CorruptFrame
 
-Greet = Callable[[Listener], Link | None]
-"""Accepts a peer and agrees with it on the contract; None when it was refused."""
+Greet = Callable[[], Link | None]
+"""Returns a peer that has agreed on the contract; None when there is none after all."""
+
+IsOver = Callable[..., bool]
+"""`Service.is_over`: told the links, it says whether to serve no longer."""
+
+TICK_S = 0.2
+"""How often the end is looked for while nothing comes."""
+
+
+class Door(Protocol):
+    """What ``select`` can wait for."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+
 
 MAIN_INPUT = {"ffn": "u", "vision": "pixels"}
 """The input by whose rows the others are judged."""
@@ -49,16 +64,16 @@ class Worker:
         self._f2a = f2a
         self._tokens = tokens
 
-    def serve(self, front: Link, listener: Listener, greet: Greet) -> None:
-        """Serve until told to stop."""
+    def serve(self, front: Link, door: Door, greet: Greet, is_over: IsOver) -> None:
+        """Serve until told to stop. ``door`` is ready to read when somebody can be greeted."""
         links: list[Link] = []
-        while True:
-            for one in ready([front, listener, *links], 1.0):
+        while not is_over([front, *links]):
+            for one in ready([front, door, *links], TICK_S):
                 if one is front:
                     if not self._from_front(front):
                         return
-                elif one is listener:
-                    if (link := greet(listener)) is not None:
+                elif one is door:
+                    if (link := greet()) is not None:
                         links.append(link)
                 elif not self._from_caller(one):
                     links.remove(one)

@@ -25,6 +25,7 @@ COMMANDS = {
     "tune": "Time a backend's kernels on this machine's card, keep the quickest.",
     "conformance": "Hold a backend against the reference and certify it.",
     "bisect": "Name the first layer, stage and op where a backend leaves the trusted one.",
+    "up": "Start every role of a config here, loaded and warm, and keep them.",
     "role": "Run one role of a config as a process of its own.",
     "checkpoint": "Inspect or quantise a checkpoint.",
 }

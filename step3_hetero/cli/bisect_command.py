@@ -120,6 +120,12 @@ def open_subject(config: str, overrides: Sequence[str]) -> Subject:
     from step3_hetero.runtime import resolving
 
     read = Config.read(Path(config), list(overrides))
+    if read.runtime.processes != "one":
+        click.echo(
+            f"bisect runs the stages of every role in this process, on the same backends; "
+            f"runtime.processes: {read.runtime.processes} is not examined",
+            err=True,
+        )
     folder = resolving.checkpoint_folder(read)
     checkpoint = Checkpoint.open(folder, resolving.model_config(read))
     resolved = resolving.resolve(read, checkpoint.config)

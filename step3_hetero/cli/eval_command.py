@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
+from step3_hetero.cli.loading import roles_options
 from step3_hetero.cli.options import (
     config_argument,
     json_option,
@@ -35,6 +38,7 @@ def command() -> None:
     type=click.Choice(["attention", "experts", "vision"]),
     help="Zero a part first, to see what it is worth (experts: routed and shared).",
 )
+@roles_options
 @seeing_options
 @set_option
 @json_option
@@ -45,6 +49,7 @@ def digits(
     overrides: tuple[str, ...],
     as_json: bool,
     seeing: Seeing,
+    roles: dict[str, Any],
 ) -> None:
     """Ask about held-out handwritten digits: which digit, and the sum of two."""
     from step3_hetero.config import Config
@@ -52,7 +57,7 @@ def digits(
     from step3_hetero.runtime.resolving import checkpoint_folder
 
     held = HeldOut.read(checkpoint_folder(Config.read(config, overrides)))
-    with seen_engine(config, overrides, seeing, ablate=ablate) as engine:
+    with seen_engine(config, overrides, seeing, ablate=ablate, **roles) as engine:
         with progress("answering, tokens") as advance:
             scores = evaluate(engine, held, limit=limit, on_progress=advance)
         placement = engine.placement.to_json()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from step3_hetero.cli.loading import roles_options
 from step3_hetero.cli.options import (
     Advance,
     config_argument,
@@ -55,6 +56,7 @@ Examples:
 @click.option("--stop", multiple=True, help="End before this text. May be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on at the model's own end.")
 @click.option("--logprobs", type=int, metavar="K", help="Report log-probabilities, with K others.")
+@roles_options
 @seeing_options
 @set_option
 @json_option
@@ -66,6 +68,7 @@ def command(
     overrides: tuple[str, ...],
     as_json: bool,
     seeing: Seeing,
+    roles: dict[str, Any],
     **sampling: Any,
 ) -> None:
     """Answer one prompt, with images if there are any."""
@@ -74,7 +77,7 @@ def command(
 
     question = _question(prompt, prompt_ids)
     params = SamplingParams(**sampling)
-    with seen_engine(config, overrides, seeing) as engine:
+    with seen_engine(config, overrides, seeing, **roles) as engine:
         with progress("generating, tokens", quiet=not as_json and sys.stdout.isatty()) as advance:
             counter = _Counter(None if as_json else _show, advance, params.max_tokens)
             done = engine.generate(

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 from step3_hetero.cli.options import progress
 
 if TYPE_CHECKING:
     from step3_hetero.runtime.engine import Engine
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def roles_options(function: F) -> F:
+    """Add ``--launcher`` and ``--attach``; they come as ``roles``, options of ``api.load``."""
+
+    @wraps(function)
+    def wrapped(*args: Any, launcher: str, attach: str | None, **rest: Any) -> Any:
+        return function(*args, roles={"launcher": launcher, "attach": attach}, **rest)
+
+    decorated: Any = click.option(
+        "--launcher",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Who starts the roles of processes: per-role.",
+    )(wrapped)
+    shown: F = click.option(
+        "--attach",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        help="Use the roles that step3-hetero up keeps and wrote there.",
+    )(decorated)
+    return shown
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from step3_hetero.cli.options import json_option, print_json, print_table
+from step3_hetero.cli.profile_edge import kept_profile, measured_link, show_link, with_link
+from step3_hetero.errors import RequestError
 
 if TYPE_CHECKING:
     from step3_hetero.placement.profile_file import Profile
@@ -17,6 +19,7 @@ EPILOG = """\b
 Examples:
   step3-hetero profile --backend cpu
   step3-hetero profile --backend cpu --config examples/digits.yaml --out cpu.yaml
+  step3-hetero profile --edge 10.0.0.7:7001 --config run.yaml --out h800.yaml
   step3-hetero plan --model step3 --pool h800=32 --profile h800.yaml
 """
 
@@ -24,28 +27,62 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @click.command("profile", epilog=EPILOG)
-@click.option("--backend", required=True, help="The backend to measure.")
+@click.option("--backend", help="The backend to measure.")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Its number.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--config", help="Measure the stages of this config's model, too.")
 @click.option("--card", help="The catalogue's name of the card; found by the driver's name.")
-@click.option("--out", help="Write the profile there.")
+@click.option("--edge", metavar="ADDRESS",
+              help="Measure the link to an idle role that stands there, of --config.")  # fmt: skip
+@click.option("--out", help="Write the profile there; without --backend, its link alone.")
 @json_option
 def command(
-    backend: str, device: int, dtype: str, out: str | None, as_json: bool, **more: Any
+    backend: str | None,
+    device: int,
+    dtype: str,
+    edge: str | None,
+    out: str | None,
+    as_json: bool,
+    **more: Any,
 ) -> None:
     """Measure a device: products, attention, bandwidth, and the stages of a config's model.
 
     The planner takes the file instead of the data sheet. Measure on a quiet machine.
     """
+    if backend is None and edge is None:
+        raise RequestError("give --backend with what to measure, or --edge with a role's address")
+    if backend is None:
+        _edge_alone(str(edge), out, as_json, more["config"])
+        return
+    link = measured_link(edge, more["config"]) if edge is not None else None
     profile = _measured(backend, device, DTYPES[dtype], **more)
-    if out is not None:
-        profile.write(Path(out))
-        click.echo(f"wrote {out}", err=True)
+    if edge is not None and link is not None:
+        profile = with_link(profile, edge, link)
+    _write(profile, out)
     if as_json:
         print_json(profile.to_json())
     else:
         _show(profile)
+        if edge is not None and link is not None:
+            show_link(edge, link)
+
+
+def _edge_alone(edge: str, out: str | None, as_json: bool, config: str | None) -> None:
+    """Measure a link, and fill it into a profile that is there."""
+    held = kept_profile(edge, out) if out is not None else None
+    link = measured_link(edge, config)
+    if held is not None:
+        _write(with_link(held, edge, link), out)
+    if as_json:
+        print_json({"peers": [edge], **asdict(link)})
+    else:
+        show_link(edge, link)
+
+
+def _write(profile: Profile, out: str | None) -> None:
+    if out is not None:
+        profile.write(Path(out))
+        click.echo(f"wrote {out}", err=True)
 
 
 def _measured(

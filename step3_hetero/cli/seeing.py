@@ -73,6 +73,10 @@ def seen_engine(
         if not Path(seeing.trace).absolute().parent.is_dir():
             raise RequestError(f"--trace {seeing.trace}: its folder is not there; make it first")
         timeline = options["timeline"] = Timeline()
+    if seeing.metrics_port is not None:
+        from step3_hetero.serve.metrics import require_client
+
+        require_client()
     with ExitStack() as stack:
         engine = stack.enter_context(load_engine(config, overrides, **options))
         if seeing.metrics_port is not None:

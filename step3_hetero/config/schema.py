@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from step3_hetero.config.document import Document, Problem, refuse, shown
 from step3_hetero.config.explain import ABOUT_KEY, WHOLE, problems_of
 from step3_hetero.config.selectors import Selector, assign_stages, parse_selector
+from step3_hetero.config.standing import standing_problems
 from step3_hetero.errors import ConfigError
 
 VERSION = 1
@@ -163,8 +164,10 @@ class Role(_Section):
     """Cards that share each of an instance's stages."""
     ep: Count = 1
     """Instances that share the experts: one set."""
-    spares: Annotated[int, Field(ge=0), _later(0)] = 0
-    hosts: Annotated[tuple[Name, ...] | None, Field(strict=False), _later(None)] = None
+    spares: Annotated[int, Field(ge=0)] = 0
+    """Instances that stand by loaded; one takes the place of an instance that dies."""
+    hosts: Annotated[tuple[Name, ...] | None, Field(strict=False), AfterValidator(_some)] = None
+    """Where the role's instances stand, then its spares, if somebody else starts them."""
     weights: Literal["auto", "fp32", "bf16", "fp8", "int8"] = "auto"
     """The format in device memory of the matrices in attention and FFN; auto keeps `runtime.dtype`.
 
@@ -315,10 +318,6 @@ class Config(_Section):
         if "/" in self.model and self.model_path is None:
             message = f"model: no folder {str(self._base / self.model)!r}"
             yield Problem(self._document.place(["model"]), message)
-        if self.runtime.processes == "per-role" and self.transport.kind == "inproc":
-            place = self._document.place(("transport", "kind"))
-            message = "transport.kind: 'inproc' carries nothing between processes"
-            yield Problem(place, f"{message}; use shm, or tcp between machines")
         if self.runtime.processes == "one" and self.runtime.microbatches > 1:
             place = self._document.place(("runtime", "microbatches"))
             message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
@@ -333,6 +332,7 @@ class Config(_Section):
                 place = self._document.place(("roles", name, "instances"))
                 message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"
                 yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
+            yield from standing_problems(self, name, self._document)
             ranks = role.instances * role.tp + role.spares
             if role.devices is not None and len(role.devices) != ranks:
                 key = ("roles", name, "devices")

@@ -64,6 +64,20 @@ def buckets(durations: Durations) -> list[tuple[str, float]]:
     return [*found, ("+Inf", float(durations.calls))]
 
 
+def require_client() -> None:
+    """Refuse metrics that could not be served, before anything is loaded for them.
+
+    Raises:
+        RequestError: prometheus_client is not installed.
+    """
+    try:
+        import prometheus_client  # noqa: F401  asked for, used later
+    except ImportError:
+        raise RequestError(
+            "--metrics-port needs prometheus_client: pip install 'step3-hetero[serve]'"
+        ) from None
+
+
 @contextmanager
 def serve_metrics(engine: Engine, port: int) -> Iterator[int]:
     """Serve an engine's metrics on loopback while the context is open; yield the port.
@@ -71,12 +85,9 @@ def serve_metrics(engine: Engine, port: int) -> Iterator[int]:
     Raises:
         RequestError: the port is taken, or prometheus_client is not installed.
     """
-    try:
-        from prometheus_client import CollectorRegistry, start_http_server
-    except ImportError:
-        raise RequestError(
-            "--metrics-port needs prometheus_client: pip install 'step3-hetero[serve]'"
-        ) from None
+    require_client()
+    from prometheus_client import CollectorRegistry, start_http_server
+
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine))
     try:

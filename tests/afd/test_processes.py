@@ -77,10 +77,11 @@ def nothing_left():
     [
         {},
         {"transport__kind": "tcp"},
+        {"transport__kind": "inproc", "roles__f__spares": 1},
         {"runtime__microbatches": 3},
         {"roles__a__instances": 2, "roles__f__instances": 2, "runtime__microbatches": 2},
     ],
-    ids=["1A1F", "tcp", "three micro-batches", "2A2F"],
+    ids=["1A1F", "tcp", "threads", "three micro-batches", "2A2F"],
 )
 def test_tokens_and_logprobs_are_those_of_one_process(together, split):
     assert answers(**APART, **split) == together

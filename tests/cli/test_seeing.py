@@ -1,6 +1,7 @@
 """--trace, --timings and --metrics-port: on standard error or in files, never in the answer."""
 
 import json
+import sys
 
 import pytest
 
@@ -44,6 +45,16 @@ def test_folder_that_is_not_there_is_refused_before_anything_is_loaded(generate,
 def test_port_out_of_range_is_refused(generate):
     told = generate("--metrics-port", 70000)
     assert told.code == 2 and "0<=x<=65535" in told.err
+
+
+def test_metrics_without_their_library_are_refused_before_anything_is_loaded(generate, monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("loaded all the same")
+
+    monkeypatch.setattr("step3_hetero.cli.seeing.load_engine", load)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    told = generate("--metrics-port", 0)
+    assert told.code == 2 and "pip install 'step3-hetero[serve]'" in told.err
 
 
 def test_metrics_say_where_they_are(generate):

@@ -74,6 +74,14 @@ def test_json_says_the_same(run, defect):
     assert [s["stage"] for s in told["stages"]][-1] == "head"
 
 
+def test_processes_of_a_config_are_said_to_be_left_out(run):
+    code, out, err = run(DIGITS, "--suspect", "a", *ASK, "--set", "runtime.processes=per-role")
+    assert code == 0 and out.startswith("no ")
+    said = "bisect runs the stages of every role in this process, on the same backends; "
+    assert err == said + "runtime.processes: per-role is not examined\n"
+    assert run(DIGITS, "--suspect", "a", *ASK)[2] == ""
+
+
 def test_image_goes_through_the_tower(run, tmp_path):
     Image.new("RGB", (32, 32), (200, 30, 90)).save(tmp_path / "red.png")
     code, out, _ = run(DIGITS, "--suspect", "a", "--image", tmp_path / "red.png", *ASK, "--json")

@@ -1,0 +1,164 @@
+"""The places of a front's instances, and what fills each now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from step3_hetero.afd.launcher import START_S, Handle, Member
+from step3_hetero.afd.link import Link
+from step3_hetero.errors import RoleLost, TransportTimeout
+
+GONE = (RoleLost, TransportTimeout)
+
+SEEN_DEAD_S = 1.0
+"""How long after its link broke a process may take to be seen dead before it is killed: its exit
+code says more than our signal."""
+
+
+class State(Enum):
+    """How far a seat has come."""
+
+    STARTING = "starting"
+    GREETING = "greeting"
+    LOADING = "loading"
+    READY = "ready"
+    LEAVING = "leaving"
+    BROKEN = "broken"
+    """Its link is gone; its end is still to be seen."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """What fills a member's place; ``place`` is the instance whose work it does, None: a spare."""
+
+    member: Member
+    place: int | None
+    handle: Handle | None = None
+    link: Link | None = None
+    address: str = ""
+    state: State = State.STARTING
+    deaths: int = 0
+    asked_s: float = 0.0
+    since_s: float = field(default_factory=time.monotonic)
+    away_since_s: float = field(default_factory=time.monotonic)
+    """When it was last there, while it is not."""
+
+    was_ready: bool = False
+    """Since it was started."""
+    said_it_leaves: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Say whether it takes work."""
+        return self.state is State.READY
+
+    def moves(self, state: State) -> None:
+        """Note a new state, and when it began."""
+        self.state, self.since_s = state, time.monotonic()
+        self.was_ready = self.was_ready or state is State.READY
+
+    def starts(self, handle: Handle) -> None:
+        """Take in what was started for this seat."""
+        self.handle, self.link = handle, None
+        self.was_ready = self.said_it_leaves = False
+        self.moves(State.STARTING)
+
+    def watched(self) -> Iterator[int]:
+        """Yield the descriptors that have something to say about it, its end first.
+
+        Of what an attention instance sent and then died, nothing may be taken: its other sequences
+        would go on from keys that are no more.
+        """
+        if self.handle is None:
+            return
+        yield self.handle.fileno()
+        if self.handle.reports.is_open:
+            yield self.handle.reports.fileno()
+        if self.link is not None:
+            yield self.link.fileno()
+
+    def is_silent(self, deadline_s: float) -> bool:
+        """Say whether it owes a sign of life, or its end, or has loaded for too long."""
+        for_s = time.monotonic() - self.since_s
+        if self.state in (State.READY, State.LEAVING):
+            return self.link is not None and self.link.silent_s() > deadline_s
+        if self.state is State.BROKEN:
+            returns = self.handle is not None and self.handle.returns
+            return returns or for_s > SEEN_DEAD_S
+        return for_s > START_S
+
+    def lets_go(self) -> None:
+        """Close the link."""
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
+    def empties(self, *, at_once: bool) -> None:
+        """See to it that nothing of what filled it is left here."""
+        if self.handle is not None:
+            self.handle.end(at_once=at_once)
+            self.handle = None
+        self.lets_go()
+
+    def told(self, *message: Any) -> None:
+        """Send; whoever waits for what comes of it sees the end of a seat that is gone."""
+        if self.link is not None:
+            with suppress(*GONE):
+                self.link.send(*message)
+
+
+class Seats:
+    """All seats of a front. Those of a role beyond its instances stand by."""
+
+    def __init__(self, members: Sequence[Member], instances: Mapping[str, int]) -> None:
+        self.all = [Seat(m, m.number if m.number < instances[m.role] else None) for m in members]
+
+    def __iter__(self) -> Iterator[Seat]:
+        return iter(self.all)
+
+    def leading(self, place: int) -> Seat:
+        """Return the seat of an attention instance."""
+        return next(s for s in self.all if s.member.leads and s.place == place)
+
+    def at(self, role: str, place: int) -> Seat | None:
+        """Return the seat that does the work of an instance of a role."""
+        return next((s for s in self.all if (s.member.role, s.place) == (role, place)), None)
+
+    def where(self) -> dict[str, dict[int, str]]:
+        """Return where the instances of roles that are called listen now."""
+        peers: dict[str, dict[int, str]] = {}
+        for seat in self.all:
+            if seat.is_ready and not seat.member.leads and seat.place is not None:
+                peers.setdefault(seat.member.role, {})[seat.place] = seat.address
+        return peers
+
+    def replaced(self, lost: Seat) -> Seat | None:
+        """Give the place of a seat that is lost to one of its role that stands by, if one does."""
+        standing_by = (
+            s for s in self.all
+            if s.member.role == lost.member.role and s.place is None and s.is_ready
+        )  # fmt: skip
+        spare = next(standing_by, None) if lost.place is not None else None
+        if spare is not None:
+            spare.place, lost.place = lost.place, None
+        return spare
+
+    def needs(self, ready: Seat) -> None:
+        """Let a spare that has become ready take a place whose seat is not there."""
+        if ready.place is not None:
+            return
+        for seat in self.all:
+            if seat.member.role == ready.member.role and seat.place is not None:
+                if seat.state in (State.READY, State.LEAVING):
+                    continue
+                ready.place, seat.place = seat.place, None
+                return
+
+    def standing(self) -> str:
+        """Say how far each has come."""
+        return ", ".join(f"{s.member.name} {s.state.value}" for s in self.all)
