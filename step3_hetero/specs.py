@@ -7,13 +7,15 @@ experts, top_k, inter, blocks, block_size, vocab, layers. Dtypes are NumPy names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from step3_hetero.errors import CheckpointError
 
 HostArray = npt.NDArray[Any]
 Scalar = int | float | bool | str
@@ -41,6 +43,15 @@ def wide(dtype: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """The run of one axis that a shard holds; axes count from the last: -1 columns, -2 rows."""
+
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class HostTensor:
     """A weight in host memory, as the checkpoint stores it.
 
@@ -62,12 +73,36 @@ class HostTensor:
         """Return the stored dtype."""
         return self.data.dtype
 
+    def cut(self, cuts: Sequence[Cut]) -> HostTensor:
+        """Return the part that a shard holds, as views; its block scales go along.
+
+        Raises:
+            CheckpointError: a cut parts rows or columns that share a scale.
+        """
+        tensor = self
+        for cut in cuts:
+            tensor = tensor._cut(cut)
+        return tensor
+
+    def _cut(self, cut: Cut) -> HostTensor:
+        axis, start, stop = cut.axis, cut.start, cut.stop
+        after: tuple[Any, ...] = (slice(None),) * (-1 - axis)
+        name = f"{self.name}[..., {start}:{stop}{', :' * len(after)}]"
+        data = self.data[..., slice(start, stop), *after]
+        if self.scale_inv is None:
+            return HostTensor(name, data)
+        block = FP8_BLOCK if axis >= -2 else 1
+        if start % block or (stop % block and stop != self.shape[axis]):
+            raise CheckpointError(f"{name}: block-FP8 scales; allowed: multiples of {block}")
+        held = slice(start // block, -(-stop // block))
+        return HostTensor(name, data, self.scale_inv[..., held, *after])
+
 
 class TensorSource(Protocol):
     """Where weights come from: a checkpoint, or one with a part zeroed."""
 
-    def tensor(self, name: str) -> HostTensor:
-        """Return one weight; its values are checked to be finite."""
+    def tensor(self, name: str, cuts: Sequence[Cut] = ()) -> HostTensor:
+        """Return one weight, or what ``cuts`` leave of it; its values are checked to be finite."""
 
 
 @dataclass(frozen=True, slots=True)

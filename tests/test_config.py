@@ -178,8 +178,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
          "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    tp: 8",
          "run.yaml:7: roles.a.tp: 8 is not available yet; use 1"),
-        ("backend: cpu", "backend: cpu\n    ep: 2",
-         "run.yaml:7: roles.a.ep: 2 is not available yet; use 1"),
         ("backend: cpu", "backend: cpu\n    spares: 1",
          "run.yaml:7: roles.a.spares: 1 is not available yet; use 0"),
         ("backend: cpu", "backend: cpu\n    hosts: [b]",
@@ -193,6 +191,19 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
 )  # fmt: skip
 def test_value_that_needs_later_work_is_refused(read, old, new, want):
     assert message(read, RUN.replace(old, new)) == want
+
+
+@pytest.mark.parametrize(
+    ("instances", "want"),
+    [
+        (3, "run.yaml:8: roles.a.instances: 3 is no multiple of ep, which is 2"),
+        (2, "run.yaml:7: roles.a.ep: 2 is not available yet with stages other than ffn; give the "
+            "FFN a role of its own"),
+    ],
+)  # fmt: skip
+def test_experts_are_split_over_whole_sets_of_a_role_of_ffn_alone(read, instances, want):
+    text = RUN.replace("backend: cpu\n", f"backend: cpu\n    ep: 2\n    instances: {instances}\n")
+    assert message(read, text, "runtime.processes=per-role") == want
 
 
 @pytest.mark.parametrize(

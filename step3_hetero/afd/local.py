@@ -23,6 +23,7 @@ from step3_hetero.runtime.loader import load_stages
 from step3_hetero.runtime.resolving import (
     Resolved,
     checkpoint_folder,
+    instance_of,
     model_config,
     open_devices,
     resolve,
@@ -131,6 +132,7 @@ def serve_role(
         leads=me.leads,
         graph=resolved.graph,
         role_of=placement.role_of,
+        set_of={role: plan.ep for role, plan in placement.roles.items()},
         contract=edge_contract(config, placement, folder),
         transport=transport,
         limits=frame_limits(resolved),
@@ -144,7 +146,7 @@ def serve_role(
     listener = transport.listen(address, settings.limits, settings.key)
     report(listener.address)
     try:
-        serve(settings, listener, lambda: _load(resolved, name, source))
+        serve(settings, listener, lambda: _load(instance_of(resolved, name, number), name, source))
     finally:
         listener.close()
 

@@ -41,6 +41,7 @@ class RoleProcessSettings:
     leads: bool
     graph: StageGraph
     role_of: Mapping[str, str]
+    set_of: Mapping[str, int]
     contract: Contract
     transport: Transport
     limits: FrameLimits
@@ -95,7 +96,8 @@ def _agree(settings: RoleProcessSettings, link: Link) -> None:
     except EdgeMismatch as mismatch:
         link.send(Kind.REFUSED, said={"why": str(mismatch)})
         raise
-    link.send(Kind.AGREED, said={"contract": dict(settings.contract), "now": time.monotonic()})
+    said = {"contract": dict(settings.contract), "name": settings.label, "now": time.monotonic()}
+    link.send(Kind.AGREED, said=said)
 
 
 def _lead(
@@ -115,6 +117,8 @@ def _lead(
         link.send(Kind.HELLO, said=hello)
         agreed = link.wants(Kind.AGREED, settings.deadline_s)
         agree(settings.contract, agreed.said["contract"], settings.label, name)
+        if (there := agreed.said.get("name")) != name:
+            raise EdgeMismatch(f"{address}: {there!r} listens there; expected {name!r}")
         link.compare_clocks(asked, float(agreed.said.get("now", asked)))
         heart.watch(link)
         return link
@@ -122,7 +126,8 @@ def _lead(
     program = Program(settings.graph, stages, StageClock(), timeline=settings.timeline())
     elsewhere = sorted(set(settings.role_of.values()) - {settings.name})
     remotes = {
-        role: Remote(role, settings.number, connect, settings.deadline_s) for role in elsewhere
+        role: Remote(role, settings.number, connect, settings.deadline_s, settings.set_of[role])
+        for role in elsewhere
     }
     driver = Driver(
         program, caches, settings.role_of, remotes, settings.a2f, settings.f2a, settings.number

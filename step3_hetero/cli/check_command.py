@@ -90,6 +90,7 @@ def _print_roles(report: dict[str, Any]) -> None:
             r["role"],
             r["backend"],
             r["device"],
+            _instances(r),
             r["stages"],
             human_bytes(r["weight_bytes"]),
             human_bytes(r["kv_bytes"]),
@@ -97,8 +98,16 @@ def _print_roles(report: dict[str, Any]) -> None:
         )
         for r in report["roles"]
     ]
-    header = ("role", "backend", "device", "stages", "weights", "KV cache", "memory")
-    print_table(f"placement of {report['model']}", header, rows)
+    header = (
+        "role", "backend", "device", "instances", "stages", "weights", "KV cache", "memory"
+    )  # fmt: skip
+    print_table(f"placement of {report['model']}, bytes of one device", header, rows)
+
+
+def _instances(role: dict[str, Any]) -> str:
+    """Say how many instances there are, and in which sets and groups they share their stages."""
+    degrees = [f"{key} {role[key]}" for key in ("ep", "tp") if role.get(key, 1) > 1]
+    return ", ".join([str(role["instances"]), *degrees])
 
 
 def _print_crossing(report: dict[str, Any]) -> None:

@@ -185,7 +185,6 @@ class Transport(_Section):
 
 ROLE_READY: Mapping[str, tuple[object, ...]] = {
     "tp": (1,),
-    "ep": (1,),
     "weights": ("auto", "fp32", "bf16", "int8"),
 }
 """What this build runs, of keys whose other values only a plan may hold."""
@@ -255,7 +254,7 @@ class Config(_Section):
         return config
 
     def unready(self) -> Iterator[Problem]:
-        """Yield each key whose value this build cannot run yet, with what it can."""
+        """Yield each key whose value this build cannot run, or not yet, with what it can."""
         sections: list[tuple[str, BaseModel, Mapping[str, tuple[object, ...]]]] = [
             (f"roles.{name}", role, ROLE_READY) for name, role in self.roles.items()
         ]
@@ -267,6 +266,15 @@ class Config(_Section):
                     use = " or ".join(map(shown, values))
                     said = f"{prefix}.{key}: {shown(value)} is not available yet; use {use}"
                     yield Problem(place, said)
+        for name, role in self.roles.items():
+            if role.instances % role.ep:
+                place = self._document.place(("roles", name, "instances"))
+                message = f"roles.{name}.instances: {role.instances} is no multiple of ep"
+                yield Problem(place, f"{message}, which is {role.ep}")
+            elif role.ep > 1 and any(s.kind != "ffn" for s in role.selectors):
+                message = f"roles.{name}.ep: {role.ep} is not available yet with stages other than"
+                place = self._document.place(["roles", name, "ep"])
+                yield Problem(place, f"{message} ffn; give the FFN a role of its own")
 
     def _conflicts(self) -> Iterator[Problem]:
         """Yield what is wrong between keys, or between a key and the disk."""

@@ -13,10 +13,11 @@ from step3_hetero.backend import Backend, DeviceInfo
 from step3_hetero.config import Config, stage_ranges
 from step3_hetero.errors import PlacementError, UnsupportedOp
 from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
+from step3_hetero.graph.sharding import member_stage
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
-from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits
+from step3_hetero.specs import FP8_BLOCK, LOGICAL_BLOCK, AttentionSpec, Limits
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 """NumPy's names for the config's dtypes."""
@@ -68,7 +69,11 @@ class Requantised:
 
 @dataclass(frozen=True, slots=True)
 class RolePlan:
-    """One role: where it runs and what it holds. ``weight_bytes`` are at ``weight_format``."""
+    """One role: where it runs and what it holds.
+
+    ``weight_bytes`` are those of one instance at ``weight_format``; of a set that splits the
+    experts, those of the member with the most.
+    """
 
     name: str
     backend: Backend
@@ -80,6 +85,8 @@ class RolePlan:
     weight_bytes: int
     kv_bytes_per_block: int
     requantised: Requantised | None = None
+    instances: int = 1
+    ep: int = 1
 
     @property
     def memory_domain(self) -> str:
@@ -121,6 +128,8 @@ class Placement:
                     "backend": r.backend.name,
                     "device": f"{r.backend.name}:{r.index}",
                     "stages": stage_ranges(r.stages),
+                    "instances": r.instances,
+                    "ep": r.ep,
                     "weights": r.weight_format,
                     "weight_bytes": r.weight_bytes,
                     "requantised": r.requantised.to_json() if r.requantised else None,
@@ -187,6 +196,10 @@ def _role_plan(
     backend = get_backend(role.backend)
     weight_format = DTYPE.get(role.weights, role.weights)
     info = backend.reference_info(role.card)
+    try:  # the first member of a set holds the most
+        stages = [shard(s, role.ep, 0, model) for s in stages]
+    except PlacementError as cause:
+        raise config.error(f"roles.{name}.ep", str(cause)) from cause
     plan = RolePlan(
         name,
         backend,
@@ -198,9 +211,20 @@ def _role_plan(
         sum(_stage_bytes(s, weight_format) for s in stages),
         sum(_block_bytes(s) for s in stages),
         _requantised(stages, model, info, weight_format),
+        role.instances,
+        role.ep,
     )
     check_supported(config, plan, stages)
     return plan
+
+
+def shard(stage: GraphStage, ep: int, number: int, model: ModelConfig) -> GraphStage:
+    """Return what instance ``number`` of a role with sets of ``ep`` instances holds of a stage.
+
+    Raises:
+        PlacementError: the stage cannot be split so far.
+    """
+    return member_stage(stage, number % ep, ep, FP8_BLOCK if model.fp8_blocks else 1)
 
 
 def check_supported(config: Config, role: RolePlan, stages: Sequence[GraphStage]) -> None:

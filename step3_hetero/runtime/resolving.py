@@ -22,6 +22,7 @@ from step3_hetero.runtime.placing import (
     check_memory,
     check_supported,
     place,
+    shard,
 )
 
 
@@ -149,6 +150,25 @@ def model_config(config: Config) -> ModelConfig:
             )
         return FAMILIES[config.model]()
     return ModelConfig.read(config.model_path)
+
+
+def instance_of(resolved: Resolved, name: str, number: int) -> Resolved:
+    """Return a config as one instance of a role sees it: its share of the stages, its own device.
+
+    Of devices that are not named, instances take those there are from 0 on, in turn.
+    """
+    role, planned = resolved.config.roles[name], resolved.placement.roles[name]
+    role_of, model = resolved.placement.role_of, resolved.model
+    stages = tuple(
+        shard(s, role.ep, number, model) if role_of[s.name] == name else s
+        for s in resolved.graph.stages
+    )
+    there = role.devices or range(max(1, len(planned.backend.devices())))
+    mine = replace(planned, index=there[number * role.tp % len(there)])
+    graph = replace(resolved.graph, stages=stages)
+    roles = {**resolved.placement.roles, name: mine}
+    placement = replace(resolved.placement, graph=graph, roles=roles)
+    return replace(resolved, graph=graph, placement=placement)
 
 
 def stage_devices(
