@@ -90,18 +90,18 @@ def _print_roles(report: dict[str, Any]) -> None:
             r["role"],
             r["backend"],
             r["device"],
-            _instances(r),
             r["stages"],
             human_bytes(r["weight_bytes"]),
             human_bytes(r["kv_bytes"]),
             human_bytes(r["memory_bytes"]),
+            _instances(r),
         )
         for r in report["roles"]
     ]
     header = (
-        "role", "backend", "device", "instances", "stages", "weights", "KV cache", "memory"
+        "role", "backend", "device", "stages", "weights", "KV cache", "memory", "instances"
     )  # fmt: skip
-    print_table(f"placement of {report['model']}, bytes of one device", header, rows)
+    print_table(f"placement of {report['model']}", header, rows)
 
 
 def _instances(role: dict[str, Any]) -> str:
