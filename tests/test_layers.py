@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "resample": "errors",
     "model": BASE,
     "graph": f"{BASE} model",
-    "backend": f"{BASE} composed",  # the default way to run a stage, imported when it is built
+    "collective": "errors",
+    "backend": f"{BASE} collective composed",  # composed: the default stage, imported when built
     "composed": f"{BASE} backend",
     "registry": f"{BASE} backend composed",
     "config": "errors",
