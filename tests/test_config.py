@@ -177,7 +177,8 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
          "run.yaml:7: roles.a.instances: 2 refused; allowed: 1 with runtime.processes: one; "
          "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    tp: 8",
-         "run.yaml:7: roles.a.tp: 8 is not available yet; use 1"),
+         "run.yaml:7: roles.a.tp: 8 refused; allowed: 1 with runtime.processes: one; set that to "
+         "per-role"),
         ("backend: cpu", "backend: cpu\n    spares: 1",
          "run.yaml:7: roles.a.spares: 1 is not available yet; use 0"),
         ("backend: cpu", "backend: cpu\n    hosts: [b]",
@@ -194,15 +195,18 @@ def test_value_that_needs_later_work_is_refused(read, old, new, want):
 
 
 @pytest.mark.parametrize(
-    ("instances", "want"),
+    ("backend", "keys", "want"),
     [
-        (3, "run.yaml:8: roles.a.instances: 3 is no multiple of ep, which is 2"),
-        (2, "run.yaml:7: roles.a.ep: 2 is not available yet with stages other than ffn; give the "
-            "FFN a role of its own"),
+        ("reference", "ep: 2\n    instances: 3", "run.yaml:12: roles.f.instances: 3 is no multiple "
+         "of ep, which is 2"),
+        ("cpu", "tp: 2", "run.yaml:7: roles.a.tp: 2 is not available yet with stages other than ffn; give "
+         "those another role"),
+        ("cpu", "instances: 2\n    ep: 2", "run.yaml:8: roles.a.ep: 2 is not available yet with stages "
+         "other than ffn; give those another role"),
     ],
 )  # fmt: skip
-def test_experts_are_split_over_whole_sets_of_a_role_of_ffn_alone(read, instances, want):
-    text = RUN.replace("backend: cpu\n", f"backend: cpu\n    ep: 2\n    instances: {instances}\n")
+def test_only_whole_sets_of_a_role_of_ffn_alone_share_their_stages(read, backend, keys, want):
+    text = RUN.replace(f"backend: {backend}\n", f"backend: {backend}\n    {keys}\n")
     assert message(read, text, "runtime.processes=per-role") == want
 
 

@@ -23,9 +23,9 @@ from step3_hetero.runtime.loader import load_stages
 from step3_hetero.runtime.resolving import (
     Resolved,
     checkpoint_folder,
-    instance_of,
     model_config,
     open_devices,
+    process_of,
     resolve,
     stage_devices,
 )
@@ -115,9 +115,9 @@ def serve_role(
     """
     if name not in config.roles:
         raise config.error("roles", f"no role {name!r}; roles: {', '.join(config.roles)}")
-    instances = config.roles[name].instances
-    if not 0 <= number < instances:
-        raise config.error(f"roles.{name}.instances", f"no instance {number} of {instances}")
+    processes = config.roles[name].instances * config.roles[name].tp
+    if not 0 <= number < processes:
+        raise config.error(f"roles.{name}.instances", f"no process {number} of {processes}")
     folder = checkpoint_folder(config)
     checkpoint = Checkpoint.open(folder, model_config(config))
     resolved = resolve(config, checkpoint.config)
@@ -132,7 +132,7 @@ def serve_role(
         leads=me.leads,
         graph=resolved.graph,
         role_of=placement.role_of,
-        set_of={role: plan.ep for role, plan in placement.roles.items()},
+        set_of={role: plan.sharers for role, plan in placement.roles.items()},
         contract=edge_contract(config, placement, folder),
         transport=transport,
         limits=frame_limits(resolved),
@@ -146,7 +146,7 @@ def serve_role(
     listener = transport.listen(address, settings.limits, settings.key)
     report(listener.address)
     try:
-        serve(settings, listener, lambda: _load(instance_of(resolved, name, number), name, source))
+        serve(settings, listener, lambda: _load(process_of(resolved, name, number), name, source))
     finally:
         listener.close()
 

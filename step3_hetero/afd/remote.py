@@ -56,7 +56,7 @@ class Asked:
 
 
 class Remote:
-    """One role elsewhere: sets of ``ep`` instances, each a replica. Instance n is in set n // ep.
+    """One role elsewhere: sets of ``sharers`` processes, each a replica, one after the other.
 
     Every member of a set gets the whole call and answers its partial sums. A set that lacks a
     member answers nothing: its calls go whole to the next set, or wait until it is complete again.
@@ -64,13 +64,13 @@ class Remote:
     """
 
     def __init__(
-        self, role: str, first: int, connect: Connect, deadline_s: float, ep: int = 1
+        self, role: str, first: int, connect: Connect, deadline_s: float, sharers: int = 1
     ) -> None:
         self.role = role
         self._first = first
         self._connect = connect
         self._deadline_s = deadline_s
-        self._ep = ep
+        self._sharers = sharers
         self._links: dict[int, Link] = {}
         self._addresses: dict[int, str] = {}
         self._asked: dict[int, Asked] = {}
@@ -131,7 +131,7 @@ class Remote:
         elif message.kind == Kind.ANSWER:
             asked = self._asked.get(message.seq)
             if asked is not None and asked.epoch == message.epoch and asked.owed_by(link):
-                asked.answers[number % self._ep] = message
+                asked.answers[number % self._sharers] = message
                 self._damaged.discard(number)
                 return message
         return None
@@ -139,10 +139,10 @@ class Remote:
     def whole(self, seq: int) -> list[Message] | None:
         """Return the answers of all members, member 0 first, once the last of them is there."""
         asked = self._asked[seq]
-        if len(asked.answers) < self._ep:
+        if len(asked.answers) < self._sharers:
             return None
         del self._asked[seq]
-        return [asked.answers[member] for member in range(self._ep)]
+        return [asked.answers[member] for member in range(self._sharers)]
 
     def lost(self) -> list[int]:
         """Return the instances lost since the last time: gone, or silent while they owe an answer.
@@ -171,11 +171,11 @@ class Remote:
 
     def _complete(self) -> list[int]:
         """Return the sets all of whose members live."""
-        numbers = {number // self._ep for number in self._links}
+        numbers = {number // self._sharers for number in self._links}
         return sorted(n for n in numbers if all(m in self._links for m in self._members(n)))
 
     def _members(self, number: int) -> range:
-        return range(number * self._ep, (number + 1) * self._ep)
+        return range(number * self._sharers, (number + 1) * self._sharers)
 
     def _ask(self, asked: Asked, number: int) -> None:
         """Send a call to every member of a set; if one is gone meanwhile, nobody has it."""
@@ -205,7 +205,7 @@ class Remote:
             self._damaged.add(number)
             for asked in self._asked.values():
                 if asked.owed_by(link):
-                    self._send(asked, number % self._ep, number)
+                    self._send(asked, number % self._sharers, number)
         self._place()
 
     def _drop(self, number: int) -> None:

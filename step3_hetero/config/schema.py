@@ -184,7 +184,6 @@ class Transport(_Section):
 
 
 ROLE_READY: Mapping[str, tuple[object, ...]] = {
-    "tp": (1,),
     "weights": ("auto", "fp32", "bf16", "int8"),
 }
 """What this build runs, of keys whose other values only a plan may hold."""
@@ -271,10 +270,13 @@ class Config(_Section):
                 place = self._document.place(("roles", name, "instances"))
                 message = f"roles.{name}.instances: {role.instances} is no multiple of ep"
                 yield Problem(place, f"{message}, which is {role.ep}")
-            elif role.ep > 1 and any(s.kind != "ffn" for s in role.selectors):
-                message = f"roles.{name}.ep: {role.ep} is not available yet with stages other than"
-                place = self._document.place(["roles", name, "ep"])
-                yield Problem(place, f"{message} ffn; give the FFN a role of its own")
+            shares = [key for key in ("tp", "ep") if getattr(role, key) > 1]
+            for degree in shares if any(s.kind != "ffn" for s in role.selectors) else ():
+                message = (
+                    f"roles.{name}.{degree}: {getattr(role, degree)} is not available yet with"
+                )
+                place = self._document.place(["roles", name, degree])
+                yield Problem(place, f"{message} stages other than ffn; give those another role")
 
     def _conflicts(self) -> Iterator[Problem]:
         """Yield what is wrong between keys, or between a key and the disk."""
@@ -290,9 +292,10 @@ class Config(_Section):
             message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
             yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
         for name, role in self.roles.items():
-            if self.runtime.processes == "one" and role.instances > 1:
-                place = self._document.place(("roles", name, "instances"))
-                message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"
+            several = [key for key in ("instances", "tp") if getattr(role, key) > 1]
+            for key in several if self.runtime.processes == "one" else ():
+                place = self._document.place(("roles", name, key))
+                message = f"roles.{name}.{key}: {getattr(role, key)} refused; allowed: 1 with"
                 yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
             ranks = role.instances * role.tp + role.spares
             if role.devices is not None and len(role.devices) != ranks:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from step3_hetero.errors import PlacementError
-from step3_hetero.graph.graph import GraphStage, Param, Shard, Share
-from step3_hetero.specs import Cut, FfnSpec
+from step3_hetero.graph.graph import GraphStage, Param, Share
+from step3_hetero.model.config import ModelConfig
+from step3_hetero.specs import FP8_BLOCK, Cut, FfnSpec
 
 
 def run_of(number: int, ways: int, size: int, unit: int = 1) -> tuple[int, int]:
@@ -30,6 +31,22 @@ def run_of(number: int, ways: int, size: int, unit: int = 1) -> tuple[int, int]:
     return min(start * unit, size), min(stop * unit, size)
 
 
+def process_stage(
+    stage: GraphStage, model: ModelConfig, number: int, ep: int, tp: int
+) -> GraphStage:
+    """Return what process ``number`` of a role holds of a stage of ``model``.
+
+    An instance is ``tp`` processes, a set ``ep`` instances, one after the other. The first process
+    of a set holds the most, the last one the least.
+
+    Raises:
+        PlacementError: the stage cannot be split so far.
+    """
+    unit = FP8_BLOCK if model.fp8_blocks else 1
+    instance, rank = divmod(number, tp)
+    return rank_stage(member_stage(stage, instance % ep, ep, unit), rank, tp, unit)
+
+
 def member_stage(stage: GraphStage, member: int, ep: int, unit: int = 1) -> GraphStage:
     """Return what member ``member`` of a set of ``ep`` instances holds of a stage.
 
@@ -44,35 +61,78 @@ def member_stage(stage: GraphStage, member: int, ep: int, unit: int = 1) -> Grap
     spec = stage.spec
     if ep == 1 or not isinstance(spec, FfnSpec):
         return stage
-    columns = spec.shared_inter if spec.experts else spec.inter
-    pieces = {"experts": spec.experts or ep, f"pieces of {unit} FFN columns": -(-columns // unit)}
-    for what, count in pieces.items():
-        if count < ep:
-            said = f"{ep} refused: {stage.name} has {count} {what}"
-            raise PlacementError(f"{said}; allowed: to {count}")
-    start, stop = run_of(member, ep, columns, unit)
-    cuts: dict[Shard, tuple[int, tuple[int, int]]] = {
-        "columns": (-2, (start, stop)),
-        "rows": (-1, (start, stop)),
-    }
     if not spec.experts:
-        params = tuple(_cut(p, cuts) for p in stage.params)
-        return replace(stage, spec=replace(spec, inter=stop - start), params=params)
+        return _narrower(stage, spec, "inter", member, ep, unit)
+    _enough(stage, spec.experts, "experts", ep)
     first, last = run_of(member, ep, spec.experts)
-    cuts["experts"] = (-3, (first, last))
-    params = tuple(_cut(p, cuts) for p in stage.params)
-    own = replace(spec, experts=last - first, shared_inter=stop - start)
-    return replace(stage, spec=own, params=params, share=Share(first, spec.experts))
+    params = tuple(
+        _cut(p, {key: Cut(-3, first, last) for key in p.shapes}) if p.shard == "experts" else p
+        for p in stage.params
+    )
+    own = replace(stage, params=params, share=Share(first, spec.experts))
+    fewer = replace(spec, experts=last - first)
+    return _narrower(own, fewer, "shared_inter", member, ep, unit)
 
 
-def _cut(param: Param, cuts: Mapping[Shard, tuple[int, tuple[int, int]]]) -> Param:
-    """Return a weight cut as its ``shard`` says."""
-    if param.shard not in cuts:
-        return param
-    axis, (start, stop) = cuts[param.shard]
-    shapes = {}
-    for key, shape in param.shapes.items():
-        at = len(shape) + axis
-        shapes[key] = (*shape[:at], stop - start, *shape[at + 1 :])
-    cut = dict.fromkeys(shapes, (Cut(axis, start, stop),))
-    return replace(param, shapes=shapes, cuts=cut)
+def rank_stage(stage: GraphStage, rank: int, tp: int, unit: int = 1) -> GraphStage:
+    """Return what rank ``rank`` of an instance of ``tp`` holds of what the instance holds.
+
+    Every FFN is split by columns, those of the experts too; bounds as in ``member_stage``.
+
+    Raises:
+        PlacementError: there are fewer pieces of ``unit`` columns than ranks.
+    """
+    spec = stage.spec
+    if tp == 1 or not isinstance(spec, FfnSpec):
+        return stage
+    narrow = _narrower(stage, spec, "inter", rank, tp, unit)
+    if not isinstance(narrow.spec, FfnSpec) or not spec.experts:
+        return narrow
+    return _narrower(narrow, narrow.spec, "shared_inter", rank, tp, unit)
+
+
+def _narrower(
+    stage: GraphStage, spec: FfnSpec, width: str, number: int, ways: int, unit: int
+) -> GraphStage:
+    """Return run ``number`` of ``ways`` of the columns that ``spec`` counts as ``width``.
+
+    ``inter`` is the experts' width where there are any, else that of the one FFN.
+    """
+    columns = spec.shared_inter if width == "shared_inter" else spec.inter
+    _enough(stage, -(-columns // unit), f"pieces of {unit} columns", ways)
+    start, stop = run_of(number, ways, columns, unit)
+    shards = {"experts"} if spec.experts and width == "inter" else {"columns", "rows"}
+    params = tuple(
+        _cut(p, {key: Cut(_axis(p, key), start, stop) for key in p.shapes})
+        if p.shard in shards
+        else p
+        for p in stage.params
+    )
+    inter, shared = spec.inter, spec.shared_inter
+    if width == "inter":
+        inter = stop - start
+    else:
+        shared = stop - start
+    return replace(stage, spec=replace(spec, inter=inter, shared_inter=shared), params=params)
+
+
+def _axis(param: Param, key: str) -> int:
+    """Return the axis of an FFN's columns: rows of gate and up, columns of down."""
+    return -1 if param.shard == "rows" or key == "down" else -2
+
+
+def _enough(stage: GraphStage, count: int, what: str, ways: int) -> None:
+    if count < ways:
+        raise PlacementError(
+            f"{ways} refused: {stage.name} has {count} {what} to split; allowed: to {count}"
+        )
+
+
+def _cut(param: Param, cuts: Mapping[str, Cut]) -> Param:
+    """Return a weight whose tensors are cut once more, each by its name."""
+    shapes = dict(param.shapes)
+    for key, cut in cuts.items():
+        at = len(shapes[key]) + cut.axis
+        shapes[key] = (*shapes[key][:at], cut.stop - cut.start, *shapes[key][at + 1 :])
+    made = {**param.cuts, **{k: (*param.cuts.get(k, ()), cut) for k, cut in cuts.items()}}
+    return replace(param, shapes=shapes, cuts=made)

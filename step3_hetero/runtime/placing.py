@@ -13,11 +13,11 @@ from step3_hetero.backend import Backend, DeviceInfo
 from step3_hetero.config import Config, stage_ranges
 from step3_hetero.errors import PlacementError, UnsupportedOp
 from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
-from step3_hetero.graph.sharding import member_stage
+from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
-from step3_hetero.specs import FP8_BLOCK, LOGICAL_BLOCK, AttentionSpec, Limits, OpSpec, wide
+from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits, OpSpec, wide
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 """NumPy's names for the config's dtypes."""
@@ -71,8 +71,8 @@ class Requantised:
 class RolePlan:
     """One role: where it runs and what it holds.
 
-    ``weight_bytes`` are those of one instance at ``weight_format``; of a set that splits the
-    experts, those of the member with the most.
+    ``weight_bytes`` are those of one process at ``weight_format``; where several share a stage,
+    those of the one with the most.
     """
 
     name: str
@@ -87,6 +87,12 @@ class RolePlan:
     requantised: Requantised | None = None
     instances: int = 1
     ep: int = 1
+    tp: int = 1
+
+    @property
+    def sharers(self) -> int:
+        """Return how many processes share each stage: a set of ``ep`` instances of ``tp``."""
+        return self.ep * self.tp
 
     @property
     def memory_domain(self) -> str:
@@ -130,6 +136,7 @@ class Placement:
                     "stages": stage_ranges(r.stages),
                     "instances": r.instances,
                     "ep": r.ep,
+                    "tp": r.tp,
                     "weights": r.weight_format,
                     "weight_bytes": r.weight_bytes,
                     "requantised": r.requantised.to_json() if r.requantised else None,
@@ -197,10 +204,12 @@ def _role_plan(
     backend = get_backend(role.backend)
     weight_format = DTYPE.get(role.weights, role.weights)
     info = backend.reference_info(role.card)
-    try:  # the first member of a set holds the most
-        stages = [shard(s, role.ep, 0, model) for s in stages]
+    try:
+        for stage in stages:
+            process_stage(stage, model, role.ep * role.tp - 1, role.ep, role.tp)
+        stages = [process_stage(s, model, 0, role.ep, role.tp) for s in stages]
     except PlacementError as cause:
-        raise config.error(f"roles.{name}.ep", str(cause)) from cause
+        raise config.error(f"roles.{name}.{'ep' if role.ep > 1 else 'tp'}", str(cause)) from cause
     plan = RolePlan(
         name,
         backend,
@@ -214,18 +223,10 @@ def _role_plan(
         _requantised(stages, model, info, weight_format),
         role.instances,
         role.ep,
+        role.tp,
     )
     check_supported(config, plan, stages)
     return plan
-
-
-def shard(stage: GraphStage, ep: int, number: int, model: ModelConfig) -> GraphStage:
-    """Return what instance ``number`` of a role with sets of ``ep`` instances holds of a stage.
-
-    Raises:
-        PlacementError: the stage cannot be split so far.
-    """
-    return member_stage(stage, number % ep, ep, FP8_BLOCK if model.fp8_blocks else 1)
 
 
 def check_supported(config: Config, role: RolePlan, stages: Sequence[GraphStage]) -> None:
@@ -260,11 +261,11 @@ def _check_sums(
     """
     spec = graph.by_name["embed"].spec
     adds = OpSpec("add", wide(spec.dtype), {"hidden": spec.hidden})
-    for name in (r.name for r in roles.values() if r.ep > 1):
+    for name in (r.name for r in roles.values() if r.sharers > 1):
         if reason := leading.backend.supports(leading.info, adds):
             raise UnsupportedOp(
-                f"{config.where(f'roles.{name}.ep')}: roles.{name}.ep: {leading.backend.name} of "
-                f"role {leading.name!r} cannot add up partial sums: {adds}: {reason}"
+                f"{config.where(f'roles.{name}')}: roles.{name}: {leading.backend.name} of role "
+                f"{leading.name!r} cannot add up partial sums: {adds}: {reason}"
             )
 
 

@@ -12,6 +12,7 @@ from step3_hetero.backend import Device
 from step3_hetero.config import Config
 from step3_hetero.errors import BackendNotFound, ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.graph import StageGraph, build_graph
+from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.config import FAMILIES, ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.placing import (
@@ -22,7 +23,6 @@ from step3_hetero.runtime.placing import (
     check_memory,
     check_supported,
     place,
-    shard,
 )
 
 
@@ -152,19 +152,19 @@ def model_config(config: Config) -> ModelConfig:
     return ModelConfig.read(config.model_path)
 
 
-def instance_of(resolved: Resolved, name: str, number: int) -> Resolved:
-    """Return a config as one instance of a role sees it: its share of the stages, its own device.
+def process_of(resolved: Resolved, name: str, number: int) -> Resolved:
+    """Return a config as one process of a role sees it: its share of the stages, its own device.
 
-    Of devices that are not named, instances take those there are from 0 on, in turn.
+    Of devices that are not named, processes take those there are from 0 on, in turn.
     """
     role, planned = resolved.config.roles[name], resolved.placement.roles[name]
     role_of, model = resolved.placement.role_of, resolved.model
     stages = tuple(
-        shard(s, role.ep, number, model) if role_of[s.name] == name else s
+        process_stage(s, model, number, role.ep, role.tp) if role_of[s.name] == name else s
         for s in resolved.graph.stages
     )
     there = role.devices or range(max(1, len(planned.backend.devices())))
-    mine = replace(planned, index=there[number * role.tp % len(there)])
+    mine = replace(planned, index=there[number % len(there)])
     graph = replace(resolved.graph, stages=stages)
     roles = {**resolved.placement.roles, name: mine}
     placement = replace(resolved.placement, graph=graph, roles=roles)

@@ -12,18 +12,17 @@ from step3_hetero.afd.wire import Wire
 from step3_hetero.conformance.tolerance import judge
 from step3_hetero.errors import CheckpointError, ConfigError, EdgeMismatch, PlacementError
 from step3_hetero.graph import build_graph
-from step3_hetero.graph.sharding import member_stage
+from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.loader import stage_weights
-from step3_hetero.runtime.placing import shard
 from step3_hetero.runtime.resolving import read_config, resolve
 from step3_hetero.specs import Cut, HostTensor, Limits, TensorSpec
 
 EXPERTS, TOP_K, HIDDEN, ROWS = 5, 3, 64, 9
 SIZES = dict(hidden_size=HIDDEN, num_hidden_layers=2, moe_layers_enum="1", moe_num_experts=EXPERTS,
-             intermediate_size=384, share_expert_dim=320)  # fmt: skip
+             moe_intermediate_size=256, intermediate_size=384, share_expert_dim=320)  # fmt: skip
 STORED = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 DENSE, MOE = "ffn[0]", "ffn[1]"
 
@@ -39,10 +38,10 @@ def checkpoints(tmp_path_factory):
     return found
 
 
-def stages_of(model, dtype, name, ep):
+def stages_of(model, dtype, name, ep, tp=1):
     """Return a whole stage and its shares."""
     whole = build_graph(model, dtype=dtype).by_name[name]
-    return whole, [shard(whole, ep, number, model) for number in range(ep)]
+    return whole, [process_stage(whole, model, n, ep, tp) for n in range(ep * tp)]
 
 
 def inputs(dtype, seed=0):
@@ -66,18 +65,18 @@ def run(node, checkpoint, given, backend="reference", **options):
 
 
 SPLITS = [
-    (stored, ep, name)
+    (stored, ep, tp, name)
     for stored in STORED
-    for ep in (2, 3, EXPERTS)
+    for ep, tp in ((2, 1), (3, 1), (EXPERTS, 1), (1, 2), (2, 3))
     for name in (DENSE, MOE)
-    if stored != "fp8" or ep <= 3  # 320 and 384 columns are three blocks of 128
+    if stored != "fp8" or ep * tp <= 3  # 320 and 384 columns are three blocks of 128
 ]
 
 
-@pytest.mark.parametrize(("stored", "ep", "name"), SPLITS)
-def test_exact_shares_add_up_to_the_exact_stage(checkpoints, stored, ep, name):
+@pytest.mark.parametrize(("stored", "ep", "tp", "name"), SPLITS)
+def test_exact_shares_add_up_to_the_exact_stage(checkpoints, stored, ep, tp, name):
     checkpoint, model = checkpoints[stored]
-    whole, shares = stages_of(model, "float64", name, ep)
+    whole, shares = stages_of(model, "float64", name, ep, tp)
     given = inputs(np.float64)
     want = run(whole, checkpoint, given)
     total = sum(run(share, checkpoint, given) for share in shares)
@@ -87,16 +86,17 @@ def test_exact_shares_add_up_to_the_exact_stage(checkpoints, stored, ep, name):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("stored", "ep", "name"), SPLITS)
-def test_share_errs_no_more_than_rounding_explains(checkpoints, backend, stored, ep, name):
+@pytest.mark.parametrize(("stored", "ep", "tp", "name"), SPLITS)
+def test_share_errs_no_more_than_rounding_explains(checkpoints, backend, stored, ep, tp, name):
     if backend == "cpu":
         pytest.importorskip("torch")
     checkpoint, model = checkpoints[stored]
     given = inputs(STORED[stored])
     exact = {n: x if n == "ids" else x.astype(np.float64) for n, x in given.items()}
-    for number in range(ep):
+    for number in range(ep * tp):
         share, exactly = (
-            stages_of(model, dtype, name, ep)[1][number] for dtype in (STORED[stored], "float64")
+            stages_of(model, dtype, name, ep, tp)[1][number]
+            for dtype in (STORED[stored], "float64")
         )
         want = run(exactly, checkpoint, exact)
         rounded = [run(share, checkpoint, given, summation=s) for s in ("blocked", "in-order")]
@@ -162,8 +162,8 @@ def test_cut_within_a_scale_block_is_refused_and_scales_follow_their_rows():
 
 @pytest.mark.parametrize(
     ("stored", "name", "ep", "said"),
-    [("fp32", MOE, 6, "6 refused: ffn.1. has 5 experts; allowed: to 5"),
-     ("fp8", DENSE, 4, "4 refused: ffn.0. has 3 pieces of 128 FFN columns; allowed: to 3")],
+    [("fp32", MOE, 6, "6 refused: ffn.1. has 5 experts to split; allowed: to 5"),
+     ("fp8", DENSE, 4, "4 refused: ffn.0. has 3 pieces of 128 columns to split; allowed: to 3")],
 )  # fmt: skip
 def test_set_larger_than_what_there_is_to_split_is_refused(checkpoints, stored, name, ep, said):
     _, model = checkpoints[stored]
@@ -224,5 +224,7 @@ def test_partial_sums_that_do_not_fit_together_are_refused(other):
 def test_stage_that_is_no_ffn_stays_whole(checkpoints):
     graph = build_graph(checkpoints["fp32"][1], dtype="float32")
     for name in ("embed", "attention[1]", "head"):
-        assert member_stage(graph.by_name[name], 1, 2) is graph.by_name[name]
+        assert process_stage(graph.by_name[name], checkpoints["fp32"][1], 1, 2, 2).params == (
+            graph.by_name[name].params
+        )
     assert own_experts(SimpleNamespace(spec=graph.by_name["head"].spec), {}) == {}
