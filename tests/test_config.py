@@ -197,12 +197,14 @@ def test_value_that_needs_later_work_is_refused(read, old, new, want):
 @pytest.mark.parametrize(
     ("backend", "keys", "want"),
     [
-        ("reference", "ep: 2\n    instances: 3", "run.yaml:12: roles.f.instances: 3 is no multiple "
-         "of ep, which is 2"),
-        ("cpu", "tp: 2", "run.yaml:7: roles.a.tp: 2 is not available yet with stages other than ffn; give "
-         "those another role"),
-        ("cpu", "instances: 2\n    ep: 2", "run.yaml:8: roles.a.ep: 2 is not available yet with stages "
-         "other than ffn; give those another role"),
+        ("reference", "ep: 2\n    instances: 3",
+         "run.yaml:12: roles.f.instances: 3 is no multiple of ep, which is 2"),
+        ("cpu", "tp: 2",
+         "run.yaml:7: roles.a.tp: 2 is not available yet with stages other than ffn; give those "
+         "another role"),
+        ("cpu", "instances: 2\n    ep: 2",
+         "run.yaml:8: roles.a.ep: 2 is not available yet with stages other than ffn; give those "
+         "another role"),
     ],
 )  # fmt: skip
 def test_only_whole_sets_of_a_role_of_ffn_alone_share_their_stages(read, backend, keys, want):

@@ -272,11 +272,10 @@ class Config(_Section):
                 yield Problem(place, f"{message}, which is {role.ep}")
             shares = [key for key in ("tp", "ep") if getattr(role, key) > 1]
             for degree in shares if any(s.kind != "ffn" for s in role.selectors) else ():
-                message = (
-                    f"roles.{name}.{degree}: {getattr(role, degree)} is not available yet with"
-                )
+                message = f"roles.{name}.{degree}: {getattr(role, degree)} is not available yet"
                 place = self._document.place(["roles", name, degree])
-                yield Problem(place, f"{message} stages other than ffn; give those another role")
+                why = "with stages other than ffn; give those another role"
+                yield Problem(place, f"{message} {why}")
 
     def _conflicts(self) -> Iterator[Problem]:
         """Yield what is wrong between keys, or between a key and the disk."""
@@ -293,9 +292,9 @@ class Config(_Section):
             yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
         for name, role in self.roles.items():
             several = [key for key in ("instances", "tp") if getattr(role, key) > 1]
-            for key in several if self.runtime.processes == "one" else ():
-                place = self._document.place(("roles", name, key))
-                message = f"roles.{name}.{key}: {getattr(role, key)} refused; allowed: 1 with"
+            for many in several if self.runtime.processes == "one" else ():
+                place = self._document.place(("roles", name, many))
+                message = f"roles.{name}.{many}: {getattr(role, many)} refused; allowed: 1 with"
                 yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
             ranks = role.instances * role.tp + role.spares
             if role.devices is not None and len(role.devices) != ranks:

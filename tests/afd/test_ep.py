@@ -2,49 +2,13 @@
 
 import os
 import signal
-import threading
-from pathlib import Path
 
 import pytest
-
-from step3_hetero import SamplingParams, load
-from step3_hetero.runtime.request import Request
-
-ROOT = Path(__file__).resolve().parents[2]
-DIGITS = ROOT / "examples" / "digits.yaml"
-PICTURES = sorted((ROOT / "examples" / "digits").glob("*.png"))
-ONE = {"roles__f__backend": "cpu", "runtime__batch_invariant": True}
-APART = {**ONE, "runtime__processes": "per-role"}
-LOGPROBS_WITHIN = 2e-5
-MARGIN = 1e-3
+from afd.questions import MARGIN, ONE, answers, differences, split
 
 pytest.importorskip("torch")
 
 pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
-
-
-def split(attention, ffn, ep, **more):
-    """Return the overrides for so many instances of both roles."""
-    instances = {"roles__a__instances": attention, "roles__f__instances": ffn}
-    return {**APART, **instances, "roles__f__ep": ep, **more}
-
-
-def answers(count=6, disturb=None, **overrides):
-    """Return each answer's tokens and two best log-probabilities; every other one is sampled."""
-    asked = [
-        Request(
-            "which digit is this ?",
-            SamplingParams(max_tokens=8, logprobs=2, temperature=0.7 * (n % 2), seed=n),
-            [PICTURES[n % len(PICTURES)]],
-        )
-        for n in range(count)
-    ]
-    with load(DIGITS, **overrides) as engine:
-        if disturb is not None:
-            threading.Timer(0.3, disturb, [engine.executor]).start()
-        done = engine.generate_all(asked)
-        assert engine.lanes.free_blocks == engine.executor.kv_blocks * engine.executor.instances
-    return [(c.token_ids, c.logprobs) for c in done]
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +19,6 @@ def together():
 @pytest.fixture(scope="module")
 def undisturbed():
     return answers(count=8, **split(1, 2, 2))
-
-
-def differences(got, want):
-    """Yield, of each answer, the margin at its first other token; hold what precedes together.
-
-    A sampled token's rule is about its draw: here none may differ.
-    """
-    for number, ((tokens, seen), (wanted, known)) in enumerate(zip(got, want, strict=True)):
-        pairs = zip(tokens, wanted, strict=False)  # an answer may end at its other token
-        alike = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), len(wanted))
-        for mine, theirs in zip(seen[:alike], known[:alike], strict=True):
-            assert abs(mine.chosen - theirs.chosen) <= LOGPROBS_WITHIN
-        if alike < len(wanted):
-            assert number % 2 == 0, "a sampled token differs"
-            (_, best), (_, second) = known[alike].top
-            yield best - second
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,11 @@ def test_share_errs_no_more_than_rounding_explains(checkpoints, backend, stored,
     checkpoint, model = checkpoints[stored]
     given = inputs(STORED[stored])
     exact = {n: x if n == "ids" else x.astype(np.float64) for n, x in given.items()}
-    for number in range(ep * tp):
-        share, exactly = (
-            stages_of(model, dtype, name, ep, tp)[1][number]
-            for dtype in (STORED[stored], "float64")
-        )
-        want = run(exactly, checkpoint, exact)
+    rounding, exactly = (
+        stages_of(model, dtype, name, ep, tp)[1] for dtype in (STORED[stored], "float64")
+    )
+    for share, exact_share in zip(rounding, exactly, strict=True):
+        want = run(exact_share, checkpoint, exact)
         rounded = [run(share, checkpoint, given, summation=s) for s in ("blocked", "in-order")]
         judged = judge(run(share, checkpoint, given, backend), want, rounded)
         assert (judged.row_error <= judged.row_bound).all()
