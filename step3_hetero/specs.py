@@ -7,21 +7,20 @@ experts, top_k, inter, blocks, block_size, vocab, layers. Dtypes are NumPy names
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from step3_hetero.errors import CheckpointError
+from step3_hetero.tensors import FP8_BLOCK as FP8_BLOCK
+from step3_hetero.tensors import Cut as Cut
+from step3_hetero.tensors import HostArray as HostArray
+from step3_hetero.tensors import HostTensor as HostTensor
+from step3_hetero.tensors import TensorSource as TensorSource
 
-HostArray = npt.NDArray[Any]
 Scalar = int | float | bool | str
-
-FP8_BLOCK = 128
-"""Rows and columns of one scale block in a block-FP8 checkpoint."""
 
 SCALED = ("float8_e4m3fn", "int8")
 """Formats of numbers that stand beside a float32 scale."""
@@ -40,69 +39,6 @@ def wide(dtype: str) -> str:
     ('float32', 'float64')
     """
     return "float64" if dtype == "float64" else "float32"
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The run of one axis that a shard holds; axes count from the last: -1 columns, -2 rows."""
-
-    axis: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class HostTensor:
-    """A weight in host memory, as the checkpoint stores it.
-
-    Shapes: data (..., rows, columns); scale_inv, for float8_e4m3fn data only,
-    (..., ceil(rows / 128), ceil(columns / 128)) float32, with weight = data * scale_inv.
-    """
-
-    name: str
-    data: HostArray
-    scale_inv: HostArray | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the weight itself."""
-        return self.data.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Return the stored dtype."""
-        return self.data.dtype
-
-    def cut(self, cuts: Sequence[Cut]) -> HostTensor:
-        """Return the part that a shard holds, as views; its block scales go along.
-
-        Raises:
-            CheckpointError: a cut parts rows or columns that share a scale.
-        """
-        tensor = self
-        for cut in cuts:
-            tensor = tensor._cut(cut)
-        return tensor
-
-    def _cut(self, cut: Cut) -> HostTensor:
-        axis, start, stop = cut.axis, cut.start, cut.stop
-        after: tuple[Any, ...] = (slice(None),) * (-1 - axis)
-        name = f"{self.name}[..., {start}:{stop}{', :' * len(after)}]"
-        data = self.data[..., slice(start, stop), *after]
-        if self.scale_inv is None:
-            return HostTensor(name, data)
-        block = FP8_BLOCK if axis >= -2 else 1
-        if start % block or (stop % block and stop != self.shape[axis]):
-            raise CheckpointError(f"{name}: block-FP8 scales; allowed: multiples of {block}")
-        held = slice(start // block, -(-stop // block))
-        return HostTensor(name, data, self.scale_inv[..., held, *after])
-
-
-class TensorSource(Protocol):
-    """Where weights come from: a checkpoint, or one with a part zeroed."""
-
-    def tensor(self, name: str, cuts: Sequence[Cut] = ()) -> HostTensor:
-        """Return one weight, or what ``cuts`` leave of it; its values are checked to be finite."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ CORE = f"{BASE} model graph backend composed registry"
 MAY_IMPORT = {
     "": "api runtime",  # the front door: imports them when a name is first used
     "errors": "",
-    "specs": "errors",
+    "tensors": "errors",
+    "specs": "errors tensors",
     "ops": "errors specs",
     "resample": "errors",
     "model": BASE,

@@ -17,7 +17,7 @@ from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
-from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits, OpSpec, wide
+from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 """NumPy's names for the config's dtypes."""
@@ -188,7 +188,6 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
         for name in config.roles
         if name in role_of.values()
     }
-    _check_sums(config, roles, roles[role_of["embed"]], graph)
     limits = Limits(
         tokens=config.runtime.max_batch + config.runtime.prefill_chunk,
         seqs=config.runtime.max_batch,
@@ -249,24 +248,6 @@ def check_supported(config: Config, role: RolePlan, stages: Sequence[GraphStage]
                     f"{where}: roles.{role.name}: {role.backend.name} on {role.info.name} cannot "
                     f"run {stage.name}: {op}: {reason}"
                 )
-
-
-def _check_sums(
-    config: Config, roles: Mapping[str, RolePlan], leading: RolePlan, graph: StageGraph
-) -> None:
-    """Ask whether the device that gets the partial sums of a set can add them up.
-
-    Raises:
-        UnsupportedOp: naming both roles, the op and the backend's reason.
-    """
-    spec = graph.by_name["embed"].spec
-    adds = OpSpec("add", wide(spec.dtype), {"hidden": spec.hidden})
-    for name in (r.name for r in roles.values() if r.sharers > 1):
-        if reason := leading.backend.supports(leading.info, adds):
-            raise UnsupportedOp(
-                f"{config.where(f'roles.{name}')}: roles.{name}: {leading.backend.name} of role "
-                f"{leading.name!r} cannot add up partial sums: {adds}: {reason}"
-            )
 
 
 def _kv_blocks(config: Config, roles: Mapping[str, RolePlan], limits: Limits) -> int:

@@ -24,6 +24,7 @@ from step3_hetero.runtime.placing import (
     check_supported,
     place,
 )
+from step3_hetero.runtime.sums import check_sums
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def resolve(config: Config, model: ModelConfig | None = None) -> Resolved:
     graph = stage_graph(config, model)
     _check_backends(config)
     _check_shadow(config, graph)
-    return Resolved(config, model, graph, place(config, model, graph))
+    placement = place(config, model, graph)
+    check_sums(config, placement)
+    return Resolved(config, model, graph, placement)
 
 
 def _check_backends(config: Config) -> None:

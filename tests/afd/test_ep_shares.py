@@ -10,7 +10,13 @@ from oracle.random_checkpoint import write_checkpoint
 from step3_hetero.afd.partials import added, own_experts
 from step3_hetero.afd.wire import Wire
 from step3_hetero.conformance.tolerance import judge
-from step3_hetero.errors import CheckpointError, ConfigError, EdgeMismatch, PlacementError
+from step3_hetero.errors import (
+    CheckpointError,
+    ConfigError,
+    EdgeMismatch,
+    PlacementError,
+    UnsupportedOp,
+)
 from step3_hetero.graph import build_graph
 from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.checkpoint import Checkpoint
@@ -227,3 +233,26 @@ def test_stage_that_is_no_ffn_stays_whole(checkpoints):
             graph.by_name[name].params
         )
     assert own_experts(SimpleNamespace(spec=graph.by_name["head"].spec), {}) == {}
+
+
+def test_device_that_cannot_add_up_partial_sums_is_refused_before_anything_is_opened(
+    checkpoints, monkeypatch
+):
+    f = {"stages": ["ffn"], "backend": "reference", "instances": 2, "ep": 2}
+    a = {"stages": ["embed", "attention", "head"], "backend": "cpu"}
+    values = {"version": 1, "model": str(checkpoints["bf16"][0].folder),
+              "runtime": {"processes": "per-role"}, "roles": {"a": a, "f": f}}  # fmt: skip
+    kind = type(get_backend("cpu"))
+    able = kind.supports
+
+    def narrow(self, info, spec):
+        wide_sum = spec.op == "add" and spec.dtype == "float32"
+        return "no such sums" if wide_sum else able(self, info, spec)
+
+    monkeypatch.setattr(kind, "supports", narrow)
+    with pytest.raises(
+        UnsupportedOp, match=r"roles\.f: cpu of role 'a' cannot add up.*no such sum"
+    ):
+        resolve(read_config(values, {}))
+    f |= {"instances": 1, "ep": 1}
+    resolve(read_config(values, {}))
