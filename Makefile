@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test lint types wheel-test conformance bench setup clean \
+.PHONY: help demo test lint types wheel-test conformance bench faults setup clean \
   cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-stand-in ascend-t2 ascend-t3 test-npu
 
 help: ## this list
@@ -48,6 +48,9 @@ conformance: $(VENV)/.dev ## certify BACKEND (cpu) in full, some minutes, and re
 
 bench: $(VENV)/.dev ## time the backends on this machine
 	@$(BIN)/python -m bench
+
+faults: $(VENV)/.dev ## a hundred rounds of random faults with 64 requests under way, some 20 minutes
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.run
 
 cuda-gate: $(VENV)/.dev ## compile every CUDA kernel for sm_80 and sm_90, without a card
 	@$(BIN)/python -m bench.gpu_compiled

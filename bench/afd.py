@@ -1,14 +1,19 @@
 """``python -m bench.afd``: decode speed with attention and FFN in processes of their own.
 
 The same engine, the same random model, the same two cores: colocated (one process, both cores) and
-disaggregated (attention on one core, FFN on the other) with one to three micro-batches under way.
-Beside each stands how long attention waited for answers: the bubbles.
+apart (attention on one core, FFN on the other) with one to three micro-batches under way, in turns.
+Beside each way apart stand the ideal, which the max-plus recurrence gives for the stage and edge
+times of that very run, and what the attention instance lost: by the clock on the wall less its
+work, and by the gaps in its row of the trace. ``--predict`` also measures profiles and says what
+the planner would have expected of each way before anything ran.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,25 +21,35 @@ from typing import Any
 
 import click
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
+from bench.afd_ideal import Stretch, equal_context, ideal_tokens_per_s
 from bench.checkpoint import Sizes, checkpoint
 from bench.machine import describe, sentence
 from step3_hetero import SamplingParams, load
 from step3_hetero.runtime.engine import Engine
+from step3_hetero.runtime.timeline import Timeline
+
+MICROBATCHES = (1, 2, 3)
+LEAST_CONTEXT, MOST_CONTEXT = 64, 1536
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of running the model."""
+    """One way of running the model; ``microbatches`` 0 is one process for all."""
 
-    name: str
     microbatches: int
-    apart: bool
 
-    def open(self, folder: Path, batch: int, transport: str) -> Engine:
-        """Load the model; a micro-batch takes its share of the batch."""
-        share = -(-batch // self.microbatches)
-        values = {
+    @property
+    def name(self) -> str:
+        """Return what the table calls it."""
+        return f"apart, m = {self.microbatches}" if self.microbatches else "colocated"
+
+    def config(self, folder: Path, batch: int, context: int, transport: str) -> dict[str, Any]:
+        """Return the config; a micro-batch takes its share of the batch."""
+        return {
             "version": 1,
             "model": str(folder),
             "roles": {
@@ -42,72 +57,172 @@ class Way:
                 "f": {"stages": ["ffn"], "backend": "cpu"},
             },
             "runtime": {
-                "processes": "per-role" if self.apart else "one",
-                "microbatches": self.microbatches,
-                "max_batch": share,
-                "prefill_chunk": 4096,
-                "kv_blocks": 4 * batch + 8,
+                "processes": "per-role" if self.microbatches else "one",
+                "microbatches": max(1, self.microbatches),
+                "max_batch": -(-batch // max(1, self.microbatches)),
+                "prefill_chunk": 2048,
+                "kv_blocks": batch * -(-(context + 128) // 128) + 8,
             },
-            "transport": {"kind": transport, "deadline_s": 10.0},
+            "transport": {"kind": transport, "deadline_s": 20.0},
         }
-        return load(values)
 
 
-WAYS = (Way("colocated", 1, False), *(Way(f"apart, m = {m}", m, True) for m in (1, 2, 3)))
+WAYS = tuple(Way(m) for m in (0, *MICROBATCHES))
 
 
-def decode_s(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
-    """Return the seconds that ``tokens`` decode steps of the whole batch take."""
+@dataclass
+class Opened:
+    """A way whose engine is loaded."""
 
-    def run(count: int) -> float:
-        params = SamplingParams(max_tokens=count, ignore_eos=True)
-        start = time.perf_counter()
-        engine.run([engine.submit(prompt, params) for prompt in prompts])
-        return time.perf_counter() - start
+    way: Way
+    engine: Engine
+    timeline: Timeline
 
-    return run(tokens + 1) - run(1)
+    def decode(self, prompts: Sequence[list[int]], tokens: int) -> Stretch:
+        """Answer all prompts side by side; return what the decode steps of all of them took.
+
+        Time counts from the first step in which every sequence decodes to the last token.
+        """
+        engine, told = self.engine, [0] * len(prompts)
+
+        def count(number: int) -> Any:
+            def add(_: object) -> None:
+                told[number] += 1
+
+            return add
+
+        params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True)
+        engine.run([engine.submit(prompts[0], SamplingParams(max_tokens=1, ignore_eos=True))])
+        for number, prompt in enumerate(prompts):
+            engine.submit(prompt, params, on_token=count(number))
+        while min(told) == 0:
+            engine.step()
+        before, done = Stretch.begin(engine.executor), sum(told)
+        while min(told) <= tokens:
+            engine.step()
+        return before.end(engine.executor, sum(told) - done, self.timeline)
 
 
-def stage_seconds(engine: Engine) -> dict[str, float]:
-    """Return the seconds of each stage kind so far."""
-    return {
-        f"{e['role']} {e['stage']}": round(e["seconds"], 3) for e in engine.executor.clock.to_json()
+def prompts_of(batch: int, context: int) -> list[list[int]]:
+    """Return prompts that end each in its own way; what they share is computed once."""
+    draw = np.random.default_rng(0)
+    shared = draw.integers(10, 8000, max(context - 32, 0)).tolist()
+    return [shared + draw.integers(10, 8000, context - len(shared)).tolist() for _ in range(batch)]
+
+
+def found_context(folder: Path, batch: int, transport: str) -> int:
+    """Return the context at which attention and FFN take equal time, one micro-batch under way."""
+    way, points = Way(1), []
+    for context in (LEAST_CONTEXT, 512):
+        config, timeline = way.config(folder, batch, context, transport), Timeline()
+        with load(config, timeline=timeline) as engine:
+            points.append(
+                (context, Opened(way, engine, timeline).decode(prompts_of(batch, context), 6))
+            )
+    return int(np.clip(equal_context(points), LEAST_CONTEXT, MOST_CONTEXT))
+
+
+def measure(
+    folder: Path, batch: int, context: int, tokens: int, pairs: int, transport: str
+) -> list[dict[str, Any]]:
+    """Run every way in turns and return a row of figures for each."""
+    prompts = prompts_of(batch, context)
+    runs: dict[Way, list[Stretch]] = {way: [] for way in WAYS}
+    with ExitStack() as stack:
+        opened = []
+        for way in WAYS:
+            config, timeline = way.config(folder, batch, context, transport), Timeline()
+            engine = stack.enter_context(load(config, timeline=timeline))
+            opened.append(Opened(way, engine, timeline))
+        for _ in range(pairs):
+            for one in opened:
+                runs[one.way].append(one.decode(prompts, tokens))
+    together = [run.tokens_per_s for run in runs[WAYS[0]]]
+    transit_s = median(run.transit_s for run in runs[Way(1)])
+    return [_row(way, found, together, transit_s, batch) for way, found in runs.items()]
+
+
+def _row(
+    way: Way, found: Sequence[Stretch], together: Sequence[float], transit_s: float, batch: int
+) -> dict[str, Any]:
+    ratios = [run.tokens_per_s / other for run, other in zip(found, together, strict=True)]
+    row: dict[str, Any] = {
+        "way": way.name,
+        "tokens_per_s": median(run.tokens_per_s for run in found),
+        "to_colocated": median(ratios),
     }
+    if way.microbatches:
+        share = -(-batch // way.microbatches)
+        ideals = [ideal_tokens_per_s(r, way.microbatches, share, transit_s) for r in found]
+        reached = [r.tokens_per_s / ideal for r, ideal in zip(found, ideals, strict=True)]
+        row |= {
+            "ideal": median(ideals),
+            "of_ideal": median(reached),
+            "attention_s": median(run.attention_s for run in found),
+            "ffn_s": median(run.ffn_s for run in found),
+            "lost_s": median(run.lost_s for run in found),
+            "bubbles_s": median(run.bubbles_s for run in found),
+        }
+    return row
 
 
-@click.command()
+def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table; a row without a figure has a gap there."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        cells = [row.get(name, "") for name in names]
+        table.add_row(
+            *[f"{c:.3g}" if isinstance(c, float) and c < 100 else _whole(c) for c in cells]
+        )
+    Console().print(table)
+
+
+def _whole(cell: object) -> str:
+    return f"{cell:,.0f}" if isinstance(cell, float) else str(cell)
+
+
+EPILOG = """\b
+Examples:
+  python -m bench.afd
+  python -m bench.afd --batch 32 --context 512        # small batches re-read the experts' weights
+  python -m bench.afd --predict --json > afd.json
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--batch", default=192, show_default=True)
-@click.option("--context", default=64, show_default=True, help="Tokens of each prompt.")
-@click.option("--tokens", default=16, show_default=True, help="Decode steps that are timed.")
+@click.option("--context", type=click.IntRange(33), help="Tokens of a prompt; found when left out.")
+@click.option("--tokens", default=24, show_default=True, help="Decode steps that are timed.")
 @click.option("--pairs", default=3, show_default=True, help="Turns of every way.")
 @click.option("--transport", default="shm", show_default=True)
+@click.option("--predict", is_flag=True, help="Measure profiles, too, and predict each way.")
 @click.option("--json", "as_json", is_flag=True)
-def main(batch: int, context: int, tokens: int, pairs: int, transport: str, as_json: bool) -> None:
-    """Measure every way in turns and print tokens a second and the ratio to colocated."""
-    machine = describe()
-    folder = checkpoint(Sizes())
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(10, 8000, (batch, context)).tolist()
-    speeds: dict[str, list[float]] = {way.name: [] for way in WAYS}
-    stages: dict[str, Any] = {}
-    for _ in range(pairs):
-        for way in WAYS:
-            with way.open(folder, batch, transport) as engine:
-                seconds = decode_s(engine, prompts, tokens)
-                stages[way.name] = stage_seconds(engine)
-            speeds[way.name].append(batch * tokens / seconds)
-    together = median(speeds["colocated"])
-    rows = [
-        {"way": name, "tokens_per_s": median(found), "ratio": median(found) / together,
-         "stages": stages[name]}
-        for name, found in speeds.items()
-    ]  # fmt: skip
+def main(
+    batch: int, context: int | None, tokens: int, pairs: int, transport: str, predict: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure every way in turns: tokens a second, beside colocated and beside the ideal."""
+    started = time.monotonic()
+    machine, folder = describe(), checkpoint(Sizes())
+    context = context or found_context(folder, batch, transport)
+    report: dict[str, Any] = {"machine": machine, "batch": batch, "context": context}
+    report["ways"] = measure(folder, batch, context, tokens, pairs, transport)
+    if predict:
+        from bench.afd_predict import predictions
+
+        configs = {way.name: way.config(folder, batch, context, transport) for way in WAYS}
+        report["predicted"] = predictions(configs, batch, context, tokens)
+    report["took_s"] = round(time.monotonic() - started, 1)
     if as_json:
-        click.echo(json.dumps({"machine": machine, "batch": batch, "rows": rows}, indent=1))
+        click.echo(json.dumps(report, indent=1))
         return
+    show(f"decode, batch {batch}, context {context}, {transport}", report["ways"])
+    if predict:
+        show("predicted from profiles", report["predicted"])
     click.echo(sentence(machine))
-    for row in rows:
-        click.echo(f"{row['way']:<14} {row['tokens_per_s']:7.1f} tokens/s, {row['ratio']:.2f}")
 
 
 if __name__ == "__main__":

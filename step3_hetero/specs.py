@@ -41,6 +41,27 @@ def wide(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one element.
+
+    >>> itemsize("bfloat16"), itemsize("float8_e4m3fn")
+    (2, 1)
+    """
+    import ml_dtypes  # noqa: F401  registers bfloat16 and float8 under their names
+
+    return int(np.dtype(dtype).itemsize)
+
+
+def weight_bytes(elements: int, rows: int, dtype: str) -> int:
+    """Return the bytes of weights held in ``dtype``; of int8 with a float32 scale for each row.
+
+    >>> weight_bytes(6, 2, "bfloat16"), weight_bytes(6, 2, "int8")
+    (12, 14)
+    """
+    scales = rows * itemsize("float32") if dtype == "int8" else 0
+    return elements * itemsize(dtype) + scales
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of an edge: dimensions by name, row-major."""

@@ -186,8 +186,6 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
         ("backend: cpu", "backend: cpu\n    weights: fp8",
          "run.yaml:7: roles.a.weights: 'fp8' is not available yet; use 'auto' or 'fp32' or 'bf16' "
          "or 'int8'"),
-        ("backend: cpu", "backend: cpu\n    emulate: h800",
-         "run.yaml:7: roles.a.emulate: 'h800' is not available yet; leave it out"),
     ],
 )  # fmt: skip
 def test_value_that_needs_later_work_is_refused(read, old, new, want):

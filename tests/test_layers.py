@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = "errors specs ops resample"
 CORE = f"{BASE} model graph backend composed registry"
+FACTS = "config catalogue transport emulate"
 MAY_IMPORT = {
     "": "api runtime",  # the front door: imports them when a name is first used
     "errors": "",
@@ -23,17 +24,23 @@ MAY_IMPORT = {
     "composed": f"{BASE} backend",
     "registry": f"{BASE} backend composed",
     "config": "errors",
+    "catalogue": "errors config",
     "transport": CORE,
-    "runtime": f"{CORE} config transport",
-    "placement": f"{CORE} config transport runtime",
-    "afd": f"{CORE} config transport runtime placement",
-    "conformance": f"{CORE} config transport runtime placement afd",
-    "api": f"{CORE} config transport runtime placement afd conformance",
-    "evals": f"{CORE} config transport runtime placement afd conformance api",
-    "serve": f"{CORE} config transport runtime placement afd conformance api evals",
-    "cli": f"{CORE} config transport runtime placement afd conformance api evals serve",
+    "emulate": f"{CORE} config catalogue transport",
+    "runtime": f"{CORE} {FACTS}",
+    "placement": f"{CORE} {FACTS} runtime",
+    "afd": f"{CORE} {FACTS} runtime placement",
+    "conformance": f"{CORE} {FACTS} runtime placement afd",
+    "api": f"{CORE} {FACTS} runtime placement afd conformance",
+    "evals": f"{CORE} {FACTS} runtime placement afd conformance api",
+    "serve": f"{CORE} {FACTS} runtime placement afd conformance api evals",
+    "cli": f"{CORE} {FACTS} runtime placement afd conformance api evals serve",
 }
 """Each room of the package, and the rooms below it."""
+
+CATALOGUE = ("placement.catalogue", "placement.catalogue_file")
+"""Modules that lie in placement/, beside the cards, but are a room of their own below `runtime`:
+what a card is, which needs no planner."""
 
 VENDOR_MAY_IMPORT = f"{BASE} backend composed"
 VENDOR_LIBRARIES = {
@@ -71,9 +78,14 @@ def _is_import(function):
     return name in {"import_module", "__import__"}
 
 
+def room_of(parts):
+    """Return the room of a dotted name, given without ``step3_hetero``."""
+    return "catalogue" if ".".join(parts[:2]) in CATALOGUE else (parts[0] if parts else "")
+
+
 def violations(source, module, *, is_package=False):
     """Return what ``module`` imports and may not."""
-    room = module.split(".")[1] if "." in module else ""
+    room = room_of(module.split(".")[1:])
     if room == "backends":
         vendor = [*module.split("."), ""][2]
         allowed = VENDOR_MAY_IMPORT.split()
@@ -85,7 +97,7 @@ def violations(source, module, *, is_package=False):
     refused = set()
     for name in imported(source, module, is_package=is_package):
         top, *rest = name.split(".")
-        below = rest[0] if rest else ""
+        below = room_of(rest)
         if top == "step3_hetero":
             is_vendor = below == "backends"
             fine = (rest[1:2] or [""])[0] in vendors if is_vendor else below in allowed
@@ -119,7 +131,7 @@ def test_module_imports_downwards_only(path, module):
 
 
 def test_every_room_and_vendor_has_its_place_in_the_order():
-    rooms = {module.split(".")[1] for _, module in MODULES if "." in module}
+    rooms = {room_of(module.split(".")[1:]) for _, module in MODULES if "." in module}
     vendors = {m.split(".")[2] for _, m in MODULES if m.startswith("step3_hetero.backends.")}
     assert rooms - {"backends"} <= MAY_IMPORT.keys()
     assert vendors <= VENDOR_LIBRARIES.keys()
@@ -140,6 +152,10 @@ def test_order_has_no_way_round_but_the_default_stage():
         ("step3_hetero.graph.build", "from ..backend import Device", "step3_hetero.backend.Device"),
         ("step3_hetero.graph.build", "def f():\n    from .. import cli", "step3_hetero.cli"),
         ("step3_hetero.config.schema", "from step3_hetero.specs import X", "step3_hetero.specs.X"),
+        ("step3_hetero.runtime.edges", "from step3_hetero.placement.planner import X",
+         "step3_hetero.placement.planner.X"),
+        ("step3_hetero.placement.catalogue", "from step3_hetero.placement.plans import X",
+         "step3_hetero.placement.plans.X"),
         ("step3_hetero.runtime.engine", "if 0:\n    import torch.nn", "torch.nn"),
         ("step3_hetero.runtime.engine", "import_module('torch_npu')", "torch_npu"),
         ("step3_hetero.runtime.engine", "x = importlib.import_module('triton')", "triton"),
@@ -176,6 +192,10 @@ def test_seeded_violation_is_found(module, source, found):
         (
             "step3_hetero.runtime.engine",
             "from .request import X\nfrom step3_hetero.config import Y",
+        ),
+        (
+            "step3_hetero.emulate.card",
+            "from step3_hetero.placement.catalogue import Card",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from step3_hetero.afd.members import cores_for, members
 from step3_hetero.afd.role import RoleProcessSettings, serve
 from step3_hetero.afd.wire import Wire
 from step3_hetero.config import Config
+from step3_hetero.emulate.asked import links_from
 from step3_hetero.model.ablate import Ablated
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.runtime.loader import load_stages
@@ -142,6 +143,7 @@ def serve_role(
         f2a=Wire.of(config.transport.f2a_dtype),
         key=shared_key(config),
         traced=traced,
+        links=links_from(config, name),
     )
     listener = transport.listen(address, settings.limits, settings.key)
     report(listener.address)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from step3_hetero.afd.contract import Contract, agree
 from step3_hetero.afd.driver import Driver
@@ -14,6 +14,8 @@ from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Worker
 from step3_hetero.backend import KVCache
+from step3_hetero.emulate.channel import over
+from step3_hetero.emulate.link import Link as EmulatedLink
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.graph import StageGraph
 from step3_hetero.runtime.clocks import StageClock
@@ -51,6 +53,7 @@ class RoleProcessSettings:
     f2a: Wire
     key: bytes | None = None
     traced: bool = False
+    links: Mapping[str, EmulatedLink] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -111,7 +114,7 @@ def _lead(
         channel = settings.transport.connect(
             address, settings.limits, settings.deadline_s, settings.key
         )
-        link = Link(channel, name)
+        link = Link(over(settings.links, name, channel), name)
         hello = {"contract": dict(settings.contract), "from": settings.label}
         asked = time.monotonic()
         link.send(Kind.HELLO, said=hello)

@@ -53,8 +53,8 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
     _print_roles(report)
     _print_crossing(report)
     click.echo(f"KV cache: {report['kv_blocks']} blocks of 128 tokens in every layer")
-    for said in map(_requantised, report["roles"]):
-        if said:
+    for role in report["roles"]:
+        for said in filter(None, (_emulated(role), _requantised(role))):
             click.echo(f"note: {said}")
     for said in report["overfull"]:
         click.echo(f"note: does not fit: {said}")
@@ -71,6 +71,21 @@ def _show_plan(report: dict[str, Any], as_json: bool) -> None:
     _print_crossing(report)
     for said in report["not_run_yet"]:
         click.echo(f"note: a plan, which this build cannot run: {said}")
+
+
+def _emulated(role: dict[str, Any]) -> str:
+    """Say what is emulated of a role's card; empty if it is no such role."""
+    if not (asked := role["emulated"]):
+        return ""
+    told = [f"{asked['memory']:.3g} of its memory"] if asked["memory"] < 1 else []
+    told += [f"stages slower by {asked['slow']:g}"] if asked["slow"] > 1 else []
+    told += [f"edges late by {asked['latency_s']:g} s"] if asked["latency_s"] else []
+    rate = asked["bytes_per_s"]
+    told += [f"edges of {human_bytes(rate)} a second"] if rate else []
+    return (
+        f"role {role['role']}: {', '.join([role['device'], *told])}; dtypes and memory are the "
+        "card's, the arithmetic is the host's"
+    )
 
 
 def _requantised(role: dict[str, Any]) -> str:

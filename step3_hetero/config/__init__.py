@@ -1,6 +1,6 @@
 """The config file: what runs where, read into values that remember their line."""
 
-from step3_hetero.config.schema import Config, Role, Runtime, Transport
+from step3_hetero.config.schema import Config, Emulate, Role, Runtime, Transport
 from step3_hetero.config.selectors import (
     STAGES,
     Selector,
@@ -12,6 +12,7 @@ from step3_hetero.config.selectors import (
 __all__ = [
     "STAGES",
     "Config",
+    "Emulate",
     "Role",
     "Runtime",
     "Selector",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import NoneType, UnionType
 from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -77,12 +78,18 @@ def _said(error: ErrorDetails) -> str:
     return error["msg"] if kind == ABOUT_KEY else f"{error['msg']}, got {value}"
 
 
+def _without_none(annotation: Any) -> Any:
+    """Return ``X`` of ``X | None``."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if isinstance(annotation, UnionType) and len(kinds) == 1 else annotation
+
+
 def _keys(schema: type[BaseModel], path: list[str]) -> Iterator[str]:
     """Return the keys of the section at ``path``."""
     section: Any = schema
     for part in path:
         if isinstance(section, type) and issubclass(section, BaseModel):
-            section = section.model_fields[part].annotation
+            section = _without_none(section.model_fields[part].annotation)
         else:  # the values of a dict[name, section]
             section = get_args(section)[1]
     return iter(section.model_fields)

@@ -95,6 +95,15 @@ def _auto_or_count(value: object) -> object:
     raise _sentence(f"expected auto or a whole number from 1, got {shown(value)}")
 
 
+def _emulate(value: object) -> object:
+    """Take a card's name for the mapping that holds nothing else."""
+    if isinstance(value, str):
+        return {"card": value}
+    if value is None or isinstance(value, dict):
+        return value
+    raise _sentence(f"expected a card's name, as h20, or keys and values, got {shown(value)}")
+
+
 Name = Annotated[str, AfterValidator(_name)]
 RoleName = Annotated[str, AfterValidator(_role_name)]
 Count = Annotated[int, Field(ge=1)]
@@ -105,6 +114,31 @@ class _Section(BaseModel):
     """Frozen, no unknown keys, no conversions: `true` is no number and `"8"` is text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Emulate(_Section):
+    """A card of the device catalogue that the host's processor stands in for (docs/emulation.md).
+
+    ``emulate: h20`` is short for ``emulate: {card: h20}``.
+    """
+
+    card: Name
+    memory: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The part of the card's memory that there is."""
+    slow: Annotated[float, Field(ge=1)] = 1.0
+    """A stage takes so many times the seconds that it takes here."""
+    latency_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that an edge to another device takes beyond its bytes, each way."""
+    bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    """What an edge carries each way; None: as fast as it goes."""
+    corrupt_every: Count | None = None
+    """Of the frames with tensors that come over an edge, each so-manyth arrives damaged."""
+    cut_every: Count | None = None
+    """An edge's connection is cut each time so many of them have come."""
+
+
+FAULTS = ("corrupt_every", "cut_every")
+"""Keys of `Emulate` that harm the edges between processes."""
 
 
 class Role(_Section):
@@ -136,7 +170,7 @@ class Role(_Section):
 
     int8: codes with a float32 scale for each output row, made at load from what is stored.
     """
-    emulate: Annotated[Name | None, _later(None)] = None
+    emulate: Annotated[Emulate | None, BeforeValidator(_emulate)] = None
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed on to the backend, which checks them."""
 
@@ -187,6 +221,9 @@ ROLE_READY: Mapping[str, tuple[object, ...]] = {
     "weights": ("auto", "fp32", "bf16", "int8"),
 }
 """What this build runs, of keys whose other values only a plan may hold."""
+
+EMULATED_READY = {key: values for key, values in ROLE_READY.items() if key != "weights"}
+"""The same of a role that emulates a card: placing says which formats of weights the card has."""
 
 RUNTIME_READY: Mapping[str, tuple[object, ...]] = {
     "microbatches": (1, 2, 3, 4),
@@ -255,7 +292,8 @@ class Config(_Section):
     def unready(self) -> Iterator[Problem]:
         """Yield each key whose value this build cannot run, or not yet, with what it can."""
         sections: list[tuple[str, BaseModel, Mapping[str, tuple[object, ...]]]] = [
-            (f"roles.{name}", role, ROLE_READY) for name, role in self.roles.items()
+            (f"roles.{name}", role, EMULATED_READY if role.emulate else ROLE_READY)
+            for name, role in self.roles.items()
         ]
         for prefix, section, ready in [*sections, ("runtime", self.runtime, RUNTIME_READY)]:
             for key, values in ready.items():
@@ -291,6 +329,11 @@ class Config(_Section):
             message = f"runtime.microbatches: {self.runtime.microbatches} refused; allowed: 1 with"
             yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
         for name, role in self.roles.items():
+            for fault in FAULTS if self.runtime.processes == "one" and role.emulate else ():
+                if (every := getattr(role.emulate, fault)) is not None:
+                    place = self._document.place(("roles", name, "emulate", fault))
+                    message = f"roles.{name}.emulate.{fault}: {every} refused: there are no frames"
+                    yield Problem(place, f"{message} with runtime.processes: one; use per-role")
             several = [key for key in ("instances", "tp") if getattr(role, key) > 1]
             for many in several if self.runtime.processes == "one" else ():
                 place = self._document.place(("roles", name, many))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from step3_hetero.backend import Array, Device, KVCache, Weights
+from step3_hetero.errors import PlacementError
 from step3_hetero.graph import GraphStage, Param, StageGraph
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.specs import AttentionSpec, Limits, TensorSource
@@ -30,6 +31,7 @@ def load_stages(
     Raises:
         CheckpointError: a weight is not finite.
         UnsupportedOp: a device has no form for a weight.
+        PlacementError: a device has no room for a stage's weights or cache.
     """
     loaded: dict[str, LoadedStage] = {}
     caches: list[KVCache] = []
@@ -37,8 +39,11 @@ def load_stages(
         if node.name not in devices:
             continue
         role, device, weight_format = devices[node.name]
-        weights = stage_weights(device, node, source, weight_format)
-        cache = open_cache(device, node, kv_blocks)
+        try:
+            weights = stage_weights(device, node, source, weight_format)
+            cache = open_cache(device, node, kv_blocks)
+        except PlacementError as full:
+            raise PlacementError(f"role {role}, stage {node.name}: {full}") from full
         caches += [cache] if cache else []
         stage = device.build(node.spec, weights, cache, limits)
         loaded[node.name] = LoadedStage(node, stage, device, role, cache)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from step3_hetero.backend import Backend, DeviceInfo
 from step3_hetero.config import Config, stage_ranges
+from step3_hetero.emulate.asked import emulated_card
+from step3_hetero.emulate.card import EmulatedCard
 from step3_hetero.errors import PlacementError, UnsupportedOp
 from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
 from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
-from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits
+from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits, itemsize, weight_bytes
 
-DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64", "fp8": "float8_e4m3fn"}
 """NumPy's names for the config's dtypes."""
 
 KV_DTYPE = {"auto": "", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
@@ -85,6 +87,7 @@ class RolePlan:
     weight_bytes: int
     kv_bytes_per_block: int
     requantised: Requantised | None = None
+    emulated: EmulatedCard | None = None
     instances: int = 1
     ep: int = 1
     tp: int = 1
@@ -102,7 +105,12 @@ class RolePlan:
     @property
     def device(self) -> tuple[str, int]:
         """Return what tells two roles on one device from two roles on two."""
-        return self.backend.name, self.index
+        return self.info.name if self.emulated else self.backend.name, self.index
+
+    @property
+    def device_name(self) -> str:
+        """Return ``cpu:0``, or which card is emulated on it."""
+        return self.info.name if self.emulated else f"{self.backend.name}:{self.index}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,8 @@ class Placement:
                 {
                     "role": r.name,
                     "backend": r.backend.name,
-                    "device": f"{r.backend.name}:{r.index}",
+                    "device": r.device_name,
+                    "emulated": r.emulated.asked.model_dump() if r.emulated else None,
                     "stages": stage_ranges(r.stages),
                     "instances": r.instances,
                     "ep": r.ep,
@@ -193,7 +202,9 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
         seqs=config.runtime.max_batch,
         blocks_per_seq=blocks_for(model.text.max_positions),
     )
-    return Placement(graph, roles, role_of, limits, _kv_blocks(config, roles, limits))
+    placement = Placement(graph, roles, role_of, limits, _kv_blocks(config, roles, limits))
+    check_emulated_memory(config, placement)
+    return placement
 
 
 def _role_plan(
@@ -202,7 +213,8 @@ def _role_plan(
     role = config.roles[name]
     backend = get_backend(role.backend)
     weight_format = DTYPE.get(role.weights, role.weights)
-    info = backend.reference_info(role.card)
+    card = emulated_card(config, name, backend)
+    info = card.info(backend.reference_info(None)) if card else backend.reference_info(role.card)
     try:
         for stage in stages:
             process_stage(stage, model, role.ep * role.tp - 1, role.ep, role.tp)
@@ -220,6 +232,7 @@ def _role_plan(
         sum(_stage_bytes(s, weight_format) for s in stages),
         sum(_block_bytes(s) for s in stages),
         _requantised(stages, model, info, weight_format),
+        card,
         role.instances,
         role.ep,
         role.tp,
@@ -243,7 +256,8 @@ def check_supported(config: Config, role: RolePlan, stages: Sequence[GraphStage]
     where = config.where(f"roles.{role.name}.backend")
     for spec, stage in {s.spec: s for s in reversed(stages)}.items():
         for op in spec.ops(role.weight_format):
-            if reason := role.backend.supports(role.info, op):
+            refused = role.emulated.refuses(op) if role.emulated else None
+            if reason := refused or role.backend.supports(role.info, op):
                 raise UnsupportedOp(
                     f"{where}: roles.{role.name}: {role.backend.name} on {role.info.name} cannot "
                     f"run {stage.name}: {op}: {reason}"
@@ -276,18 +290,22 @@ def _domains(roles: Mapping[str, RolePlan]) -> list[list[RolePlan]]:
 
 def overfull(placement: Placement) -> list[str]:
     """Say of each memory that cannot hold what is placed in it what is asked and what is there."""
-    said = []
+    return [said for _, said in _overfull(placement)]
+
+
+def _overfull(placement: Placement) -> Iterator[tuple[RolePlan, str]]:
+    """Yield the first role of each such memory, and what is said of it."""
     for shared in _domains(placement.roles):
         weights = sum(r.weight_bytes for r in shared)
         kv = sum(r.kv_bytes_per_block for r in shared) * placement.kv_blocks
         there = shared[0].info.memory_bytes
         if weights + kv > there:
             names = ", ".join(r.name for r in shared)
-            said.append(
+            yield (
+                shared[0],
                 f"roles {names} on {shared[0].info.name}: {weights:,} bytes of weights and {kv:,} "
-                f"of KV cache ({placement.kv_blocks} blocks) into {there:,} bytes"
+                f"of KV cache ({placement.kv_blocks} blocks) into {there:,} bytes",
             )
-    return said
 
 
 def check_memory(config: Config, placement: Placement) -> None:
@@ -296,11 +314,24 @@ def check_memory(config: Config, placement: Placement) -> None:
     Raises:
         PlacementError: naming the roles, the bytes asked and the bytes there are.
     """
-    for said in overfull(placement):
+    for role, said in _overfull(placement):
         asked = config.runtime.kv_blocks != "auto"
         where = config.where("runtime.kv_blocks" if asked else "roles")
         todo = "lower runtime.kv_blocks or spread the stages" if asked else "spread the stages"
+        if role.emulated:
+            where = config.where(f"roles.{role.name}.emulate")
+            todo = f"raise roles.{role.name}.emulate.memory, {todo}"
         raise PlacementError(f"{where}: does not fit: {said}; {todo} over more devices")
+
+
+def check_emulated_memory(config: Config, placement: Placement) -> None:
+    """Refuse what an emulated card cannot hold; of other memory here, this machine may be no judge.
+
+    Raises:
+        PlacementError: as ``check_memory``.
+    """
+    roles = {name: role for name, role in placement.roles.items() if role.emulated}
+    check_memory(config, replace(placement, roles=roles))
 
 
 def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
@@ -311,9 +342,7 @@ def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
         dtype = weight_format if follows else stage.spec.dtype
         if param.name == "router" and param.spec is not None:
             dtype = str(param.spec.parameters["out_dtype"])
-        total += param.elements * itemsize(dtype)
-        if follows and dtype == "int8":
-            total += _rows(param) * itemsize("float32")
+        total += weight_bytes(param.elements, _rows(param), dtype)
     return total
 
 
@@ -332,13 +361,12 @@ def _requantised(
         return None
     held = stages[0].spec.dtype if weight_format == "auto" else weight_format
     weights = sum(p.elements for p in params)
-    scales = sum(map(_rows, params)) * itemsize("float32") if held == "int8" else 0
     return Requantised(
         BLOCK_FP8 if model.fp8_blocks else model.dtype,
         held,
         sum(len(p.tensors) for p in params),
         weights,
-        weights * itemsize(held) + scales,
+        weight_bytes(weights, sum(map(_rows, params)), held),
     )
 
 
@@ -347,17 +375,6 @@ def _block_bytes(stage: GraphStage) -> int:
     if not isinstance(spec, AttentionSpec):
         return 0
     return spec.cache(1).nbytes
-
-
-def itemsize(dtype: str) -> int:
-    """Return the bytes of one element.
-
-    >>> itemsize("bfloat16"), itemsize("float8_e4m3fn")
-    (2, 1)
-    """
-    import ml_dtypes  # noqa: F401  registers bfloat16 and float8 under their names
-
-    return int(np.dtype(dtype).itemsize)
 
 
 def _dimensions(graph: StageGraph) -> dict[str, int]:

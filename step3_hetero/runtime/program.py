@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from step3_hetero.backend import Array, BatchMeta, Device
+from step3_hetero.emulate.link import travel
 from step3_hetero.graph import Edge, GraphStage, StageGraph
 from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage, Observer
@@ -115,8 +116,8 @@ class Program:
         for edge in self._out[node.name]:
             inputs = wires.setdefault(edge.target, {})
             source, target = self._device(node.name), self._device(edge.target)
-            for tensor in edge.tensors:
-                inputs[tensor.name] = move(outputs[tensor.name], source, target)
+            carried = {t.name: outputs[t.name] for t in edge.tensors}
+            inputs.update(move(carried, source, target))
 
     def _device(self, stage: str) -> Device:
         loaded = self._stages.get(stage)
@@ -145,7 +146,7 @@ class Program:
                 outputs = yield from self._call(node, None, {"pixels": x})
                 seen.append(outputs["rows"])
             rows = device.kernel("concat")(*seen)
-            self._images[part.key] = move(rows, device, self.home)
+            self._images[part.key] = move({"rows": rows}, device, self.home)["rows"]
         return self._images[part.key]
 
     def _choose(self, batch: MicroBatch, inputs: dict[str, Array]) -> BatchResult:
@@ -168,6 +169,10 @@ class Program:
         return BatchResult(ids, reported, host if batch.want_logits else None)
 
 
-def move(x: Array, source: Device, target: Device) -> Array:
-    """Return ``x`` in the memory of ``target``; on one device it is the same array."""
-    return x if source is target else target.from_host(source.to_host(x))
+def move(named: Named, source: Device, target: Device) -> Named:
+    """Return an edge's arrays in the memory of ``target``; on one device they are the same."""
+    if source is target:
+        return named
+    hosts = {name: source.to_host(x) for name, x in named.items()}
+    travel(source, target, sum(x.nbytes for x in hosts.values()))
+    return {name: target.from_host(x) for name, x in hosts.items()}

@@ -10,11 +10,13 @@ from typing import Any
 
 from step3_hetero.backend import Device
 from step3_hetero.config import Config
+from step3_hetero.emulate.device import EmulatedDevice
 from step3_hetero.errors import BackendNotFound, ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.graph import StageGraph, build_graph
 from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.config import FAMILIES, ModelConfig
 from step3_hetero.registry import get_backend
+from step3_hetero.runtime.edges import check_edges
 from step3_hetero.runtime.placing import (
     DTYPE,
     KV_DTYPE,
@@ -68,6 +70,7 @@ def resolve(config: Config, model: ModelConfig | None = None) -> Resolved:
     _check_shadow(config, graph)
     placement = place(config, model, graph)
     check_sums(config, placement)
+    check_edges(config, placement)
     return Resolved(config, model, graph, placement)
 
 
@@ -222,8 +225,10 @@ def _open(config: Config, role: RolePlan) -> Device:
     if (reason := role.backend.why_unavailable()) and not role.options:  # an option may bring one
         key, name = f"roles.{role.name}.backend", role.backend.name
         raise PlacementError(f"{config.where(key)}: {key}: {name!r} has no device here: {reason}")
+    card = role.emulated
     try:
-        return role.backend.open(role.index, role.options)
+        device = role.backend.open(0 if card else role.index, role.options)
+        return EmulatedDevice(device, card) if card else device
     except ConfigError as cause:
         raise config.error(f"roles.{role.name}.options", str(cause)) from cause
     except PlacementError as cause:

@@ -31,6 +31,6 @@ def test_released_model_fits_its_cards():
 
 def test_twin_reads_a_digit():
     picture = EXAMPLES / "digits" / "7_held-out_0007.png"
-    said = run("generate", EXAMPLES / "h800_attention_910b_ffn_emulated.yaml",
+    said = run("generate", EXAMPLES / "h800_attention_910b_ffn_stand_in.yaml",
                "--prompt", "which digit is this ?", "--image", picture)  # fmt: skip
     assert "</think> 7" in said
