@@ -15,6 +15,7 @@ from step3_hetero.afd.launch import OnLine, RoleProcess, start
 from step3_hetero.afd.link import Link, limits
 from step3_hetero.afd.members import cores_for, members
 from step3_hetero.afd.role import RoleProcessSettings, serve
+from step3_hetero.afd.tls import transport_of
 from step3_hetero.afd.wire import Wire
 from step3_hetero.config import Config
 from step3_hetero.model.ablate import Ablated
@@ -31,7 +32,6 @@ from step3_hetero.runtime.resolving import (
 from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.specs import TensorSource
 from step3_hetero.transport.base import FrameLimits
-from step3_hetero.transport.registry import get_transport
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def executor(
     every = members(config, placement)
     traced = timeline is not None
     given = Given(config.values(), str(config.folder), ablate, traced).line()
-    transport = get_transport(config.transport.kind)
+    transport = transport_of(config)
     allowed, key = frame_limits(resolved), shared_key(config)
 
     def launch(member: Member) -> RoleProcess:
@@ -123,7 +123,7 @@ def serve_role(
     source: TensorSource = checkpoint
     if ablate:
         source = Ablated(checkpoint, checkpoint.names(), ablate)
-    placement, transport = resolved.placement, get_transport(config.transport.kind)
+    placement, transport = resolved.placement, transport_of(config)
     (me,) = (m for m in members(config, placement) if (m.role, m.number) == (name, number))
     settings = RoleProcessSettings(
         name=name,
