@@ -28,7 +28,8 @@ runtime: {processes: one, dtype: model, batch_invariant: false, router_logits: f
           microbatches: 1, max_batch: 64, kv_dtype: auto, kv_blocks: auto, prefill_chunk: 512,
           prefix_reuse: true, max_waiting: 4096, fallback: false, shadow_backend: null,
           shadow_sample: 0.0}
-transport: {kind: shm, deadline_s: 2.0, a2f_dtype: auto, f2a_dtype: auto, key_file: null}
+transport: {kind: shm, deadline_s: 2.0, a2f_dtype: auto, f2a_dtype: auto, key_file: null,
+            tls_cert: null, tls_key: null, tls_ca: null}
 """
 ROLE_DEFAULTS = """\
     card: null

@@ -20,6 +20,7 @@ from step3_hetero.afd.link import Link, limits
 from step3_hetero.afd.loglines import OnLine
 from step3_hetero.afd.members import cores_for, members
 from step3_hetero.afd.role import Loaded, RoleProcessSettings, Tell, serve, stand
+from step3_hetero.afd.tls import transport_of
 from step3_hetero.afd.wire import Wire
 from step3_hetero.config import Config
 from step3_hetero.emulate.asked import links_from
@@ -39,7 +40,6 @@ from step3_hetero.runtime.resolving import (
 from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.specs import TensorSource
 from step3_hetero.transport.base import FrameLimits
-from step3_hetero.transport.registry import get_transport
 
 Hosts = Mapping[str, Sequence[str]]
 """Where roles stand that somebody else started: by role, an address for each instance."""
@@ -105,7 +105,7 @@ def executor(
         EdgeMismatch, RoleLost, TransportTimeout: a role did not come up.
     """
     config, placement = resolved.config, resolved.placement
-    transport, key = get_transport(config.transport.kind), shared_key(config)
+    transport, key = transport_of(config), shared_key(config)
     allowed, deadline_s = frame_limits(resolved), config.transport.deadline_s
     standing = {name: role.hosts for name, role in config.roles.items() if role.hosts}
     standing |= {name: tuple(addresses) for name, addresses in (hosts or {}).items()}
@@ -245,7 +245,7 @@ def _settings(
         role_of=placement.role_of,
         set_of={role: plan.sharers for role, plan in placement.roles.items()},
         contract=contract(resolved, ablate),
-        transport=get_transport(config.transport.kind),
+        transport=transport_of(config),
         limits=frame_limits(resolved),
         tokens=placement.limits.tokens,
         deadline_s=config.transport.deadline_s,

@@ -32,13 +32,13 @@ def measured_link(edge: str, config: str | None) -> LinkMeasured:
     from step3_hetero.afd.key import shared_key
     from step3_hetero.afd.link import Link
     from step3_hetero.afd.local import frame_limits
+    from step3_hetero.afd.tls import transport_of
     from step3_hetero.config import Config
     from step3_hetero.runtime.resolving import resolve
-    from step3_hetero.transport.registry import get_transport
 
     read = Config.read(Path(config))
     limits = frame_limits(resolve(read))
-    transport, key = get_transport(read.transport.kind), shared_key(read)
+    transport, key = transport_of(read), shared_key(read)
     link = Link(transport.connect(edge, limits, read.transport.deadline_s, key), edge)
     try:
         return measure_link(link, min(MOST_BYTES, limits.part_bytes))

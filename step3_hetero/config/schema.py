@@ -222,6 +222,11 @@ class Transport(_Section):
     f2a_dtype: WireDtype = "auto"
     key_file: Name | None = None
     """A file, relative to this one, whose content peers have to know; needed beyond loopback."""
+    tls_cert: Name | None = None
+    """This side's certificate chain, PEM, relative to this file; tcp alone, with ``tls_key``."""
+    tls_key: Name | None = None
+    tls_ca: Name | None = None
+    """Who has signed the peers' certificates; without it the key tells who a peer is."""
 
 
 ROLE_READY: Mapping[str, tuple[object, ...]] = {
