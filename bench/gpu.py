@@ -8,30 +8,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
-HEADS, HEAD_DIM, HIDDEN, INTER, EXPERTS, TOP_K = 64, 256, 7168, 5120, 48, 3
-"""Step-3's sizes (arXiv 2507.19427 and the published configuration)."""
+if TYPE_CHECKING:
+    from bench.gpu_work import Job, Sizes
 
-CONTEXT, BATCH = 8192, 64
-"""Where decode is held against its bound: 80 % of what bandwidth and arithmetic allow."""
+CAP_S = 480.0
+"""Eight minutes: what is not timed by then is listed as not run."""
 
-TOKENS = 128 * EXPERTS // TOP_K
-"""128 tokens an expert: where the grouped product is held against the library's."""
+EACH_S = 20.0
+"""So long one line is timed at most, its warming up apart."""
 
-TARGETS = {"decode": 0.8, "experts": 0.7}
-"""Fractions of the bound that the kernels are meant to reach. Not known yet: see docs/cuda.md."""
+WARM_UPS, RUNS = 3, 20
 
-COPIED_BYTES = 1 << 30
-RUNS = 20
+FIGURES, CERTIFICATE = Path("cuda-bench.json"), Path("docs/certificates/cuda.certificate.json")
 
 EPILOG = """\b
 Examples:
@@ -42,64 +41,62 @@ Examples:
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--test", is_flag=True, help="Run conformance in full instead of timing.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path),
-              help="Write the figures here.")  # fmt: skip
-def main(test: bool, path: Path | None) -> None:
-    """Time MFA decode and the experts on this machine's card, or certify it."""
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=FIGURES,
+              show_default=True, help="Write the figures here, after every line.")  # fmt: skip
+def main(test: bool, path: Path) -> None:
+    """Time MFA decode, experts and a layer on this machine's card, or certify it."""
     from step3_hetero.registry import get_backend
 
-    reason = get_backend("cuda").why_unavailable()
+    backend = get_backend("cuda")
+    reason = backend.why_unavailable()
     if reason:
         click.echo(f"skipped: {reason}")
         return
     if test:
-        sys.exit(_certify())
-    figures = {**_machine(), "kernels": list(_measured())}
-    for line in figures["kernels"]:
-        took, share = f"{line['s'] * 1e6:.1f} µs", f"{line['fraction']:.1%} of bound"
-        click.echo(f"{line['name']:<44} {took:>12} {share:>16}")
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        sys.exit(certify(CAP_S))
+    from bench.gpu_work import STEP3
+
+    sys.exit(report(Bench(backend.open(0), STEP3, card_seconds), path, machine()))
 
 
-def _certify() -> int:
-    """Run every case on the card; the certificate goes beside the others."""
+def certify(cap_s: float) -> int:
+    """Run every case on the card; the certificate goes beside the others. 1 if time runs out."""
     command = [sys.executable, "-m", "step3_hetero.cli", "conformance", "run", "--backend", "cuda",
-               "--full", "--json", "docs/certificates/cuda.certificate.json"]  # fmt: skip
-    return subprocess.run(command, check=False).returncode
+               "--full", "--json", str(CERTIFICATE)]  # fmt: skip
+    try:
+        return subprocess.run(command, check=False, timeout=cap_s).returncode
+    except subprocess.TimeoutExpired:
+        click.echo(f"conformance did not end within {cap_s:g} s: no certificate", err=True)
+        return 1
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what the figures are of: a certificate of the run, without its lines."""
     import torch
+
+    from step3_hetero.conformance.digests import digests
+    from step3_hetero.registry import get_backend
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "card": torch.cuda.get_device_name(),
         "torch": version("torch"),
         "triton": version("triton"),
+        "step3_hetero": version("step3-hetero"),
+        "digests": digests(get_backend("cuda")),
     }
 
 
-def _measured() -> Iterator[dict[str, Any]]:
-    from step3_hetero.registry import get_backend
-
-    device: Any = get_backend("cuda").open(0)
-    bandwidth, peak = _bandwidth(), _peak()
-    yield {"name": "copy bandwidth, bytes a second", "s": 0.0, "fraction": 1.0, "value": bandwidth}
-    yield {"name": "bf16 GEMM, FLOP a second", "s": 0.0, "fraction": 1.0, "value": peak}
-    yield from _decode(device, bandwidth, peak)
-    yield from _experts(device, bandwidth, peak)
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    """Return the median time of ``work`` in seconds by the card's own clock, after warming up."""
+def card_seconds(work: Callable[[], Any], until: Callable[[], bool]) -> float:
+    """Return the median time of ``work`` by the card's own clock, until ``until`` at most."""
     import torch
 
-    for _ in range(3):
+    for _ in range(WARM_UPS):
         work()
-    times = []
-    for _ in range(RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: list[float] = []
+    clock: Any = torch.cuda.Event
+    while len(times) < RUNS and not (times and until()):
+        start, end = (clock(enable_timing=True) for _ in range(2))
         start.record()
         work()
         end.record()
@@ -108,87 +105,127 @@ def _timed(work: Callable[[], Any]) -> float:
     return median(times)
 
 
-def _bandwidth() -> float:
-    """Return bytes read and written a second by a copy far larger than any cache."""
-    import torch
-
-    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / _timed(lambda: target.copy_(source))
+Line = dict[str, Any]
 
 
-def _peak() -> float:
-    """Return the FLOP a second of a large square bf16 product by the library."""
-    import torch
+@dataclass
+class Bench:
+    """Times every job of a device and sets it beside what the device can do at best.
 
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda").bfloat16() for _ in range(2))
-    return 2 * n**3 / _timed(lambda: a @ b)
+    ``seconds`` times a call until a condition holds; ``now`` is the clock of the cap.
+    """
 
+    device: Any
+    sizes: Sizes
+    seconds: Callable[[Callable[[], Any], Callable[[], bool]], float]
+    now: Callable[[], float] = time.monotonic
+    cap_s: float = CAP_S
 
-def _line(name: str, seconds: float, bound_s: float, **more: Any) -> dict[str, Any]:
-    return {"name": name, "s": seconds, "bound_s": bound_s, "fraction": bound_s / seconds, **more}
+    def lines(self) -> Iterator[Line]:
+        """Yield a line for each job: figures, or why there are none."""
+        from bench.gpu_work import jobs
 
-
-def _decode(device: Any, bandwidth: float, peak: float) -> Iterator[Mapping[str, Any]]:
-    """MFA decode at 8K context and batch 64 against min(bandwidth, peak × intensity), and SDPA."""
-    import torch
-    import torch.nn.functional as F
-
-    from step3_hetero.backend import BatchMeta
-    from step3_hetero.specs import CacheSpec
-
-    blocks = CONTEXT // 128
-    tables = np.arange(BATCH * blocks).reshape(BATCH, blocks)
-    arrays = (np.full(BATCH, CONTEXT - 1), tables[:, -1] * 128 + 127, np.arange(BATCH + 1),
-              np.full(BATCH, CONTEXT), tables)  # fmt: skip
-    batch = device.batch(BatchMeta(*(x.astype(np.int32) for x in arrays)))
-    q = torch.randn(BATCH, HEADS, HEAD_DIM, device="cuda").bfloat16()
-    flops = 4 * BATCH * HEADS * HEAD_DIM * CONTEXT
-    for held in ("bfloat16", "float8_e4m3fn", "int8"):
-        cache = device.open_cache(CacheSpec(1, HEAD_DIM, BATCH * blocks, held))
-        bound = max(cache.nbytes / bandwidth, flops / peak)
-        seconds = _timed(
-            lambda c=cache: device.kernel("attention")(q, c, batch, scale=HEAD_DIM**-0.5)
-        )
-        yield _line(f"MFA decode, KV {held}", seconds, bound, target=TARGETS["decode"])
-    k, v = (torch.randn(BATCH, 1, CONTEXT, HEAD_DIM, device="cuda").bfloat16() for _ in "kv")
-    heads = q[:, None]  # query heads as rows of one head: the layout that suits SDPA
-    seconds = _timed(lambda: F.scaled_dot_product_attention(heads, k, v))
-    bound = max((k.nbytes + v.nbytes) / bandwidth, flops / peak)
-    yield _line("torch SDPA on contiguous KV, heads as rows", seconds, bound)
-
-
-def _experts(device: Any, bandwidth: float, peak: float) -> Iterator[Mapping[str, Any]]:
-    """The experts of one layer at 128 tokens each against the same products by the library."""
-    import torch
-
-    from step3_hetero.backends.cuda.linear import Codes
-    from step3_hetero.backends.cuda.moe import ExpertWeights
-
-    shapes = {"gate": (EXPERTS, INTER, HIDDEN), "up": (EXPERTS, INTER, HIDDEN),
-              "down": (EXPERTS, HIDDEN, INTER)}  # fmt: skip
-    u = torch.randn(TOKENS, HIDDEN, device="cuda").bfloat16()
-    ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)]).int().cuda()
-    share = torch.full(ids.shape, 1 / TOP_K, dtype=torch.bfloat16, device="cuda")
-    flops = 6 * TOKENS * TOP_K * HIDDEN * INTER
-    for held in ("plain", "e4m3"):
-        parts: dict[str, Any] = {}
-        for name, shape in shapes.items():
-            if held == "plain":
-                parts[name] = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        start = self.now()
+        bandwidth, peak = self._bandwidth(), self._peak()
+        yield {"name": "copy bandwidth", "bytes_per_s": bandwidth}
+        yield {"name": "bfloat16 GEMM", "flops_per_s": peak}
+        found: dict[str, float] = {}
+        for job in jobs(self.device, self.sizes):
+            line: Line = {"name": job.name, "ours": job.ours}
+            if self.now() - start > self.cap_s:
+                line["not_run"] = f"{self.cap_s:g} s were over"
             else:
-                codes = torch.randint(0, 120, shape, device="cuda", dtype=torch.uint8)
-                scale = torch.ones(shape[0], shape[1] // 128, shape[2] // 128, device="cuda")
-                parts[name] = Codes(codes, scale)
-        nbytes = sum(p.nbytes for p in parts.values())
-        stack = ExpertWeights(**parts, dtype=torch.bfloat16, arch=device.arch, quantised=False,
-                              source={}, method=held, nbytes=nbytes)  # fmt: skip
-        bound = max(nbytes / bandwidth, flops / peak)
-        seconds = _timed(lambda s=stack: device.kernel("experts")(u, share, ids, s))
-        yield _line(f"experts, 128 tokens each, weights {held}", seconds, bound,
-                    target=TARGETS["experts"])  # fmt: skip
-        del parts, stack
+                line |= self._figures(job, bandwidth, peak, found)
+            if "s" in line:
+                found[job.name] = line["s"]
+            yield line
+            self._give_back()
+
+    def _figures(self, job: Job, bandwidth: float, peak: float, found: Mapping[str, float]) -> Line:
+        """Time one job; ``found`` are the seconds of those before, by name."""
+        from bench.gpu_work import NotThere
+
+        try:
+            work = job.make()
+            seconds = self._timed(work.call)
+        except NotThere as reason:
+            return {"not_there": str(reason)}
+        except Exception as error:  # one line that fails must not take the others with it
+            return {"failed": f"{type(error).__name__}: {error}"[:500]}
+        line = {
+            "s": seconds, "bytes": work.nbytes, "flops": work.flops,
+            "of_bandwidth": work.nbytes / seconds / bandwidth,
+            "of_peak": work.flops / seconds / peak,
+        }  # fmt: skip
+        line["of_bound"] = max(line["of_bandwidth"], line["of_peak"])
+        if work.against is not None and work.against in found:
+            line |= {"against": work.against, "of_library": found[work.against] / seconds}
+        if work.target is not None:
+            reached = line.get("of_library", line["of_bound"])
+            line |= {"target": work.target, "reached": reached >= work.target}
+        return line
+
+    def _timed(self, call: Callable[[], Any]) -> float:
+        end = self.now() + EACH_S
+        return self.seconds(call, lambda: self.now() > end)
+
+    def _bandwidth(self) -> float:
+        """Return bytes read and written a second by a copy far larger than any cache."""
+        import torch
+
+        n = self.sizes.copied_bytes
+        source = torch.empty(n, dtype=torch.uint8, device=self.device.place)
+        target = torch.empty_like(source)
+        return 2 * n / self._timed(lambda: target.copy_(source))
+
+    def _peak(self) -> float:
+        """Return the FLOP a second of a large square bfloat16 product by the library."""
+        import torch
+
+        n = self.sizes.square
+        a, b = (torch.randn(n, n, device=self.device.place).bfloat16() for _ in range(2))
+        flops: float = 2 * n**3 / self._timed(lambda: a @ b)
+        return flops
+
+    def _give_back(self) -> None:
+        """Return the last job's arrays to the card: the next one needs their memory."""
+        import gc
+
+        import torch
+
+        gc.collect()
+        if self.device.place.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def report(bench: Bench, path: Path, head: dict[str, Any]) -> int:
+    """Print each line and keep all in ``path`` from the first on; 1 if a line of ours failed."""
+    lines: list[Line] = []
+    for line in bench.lines():
+        lines.append(line)
+        click.echo(in_words(line))
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({**head, "lines": lines}, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    return int(any("failed" in line and line["ours"] for line in lines))
+
+
+def in_words(line: Line) -> str:
+    """Return a line as it is printed."""
+    name = f"{line['name']:<42}"
+    for key in ("not_run", "not_there", "failed"):
+        if key in line:
+            return f"{name} {key.replace('_', ' ')}: {line[key]}"
+    if "s" not in line:
+        value, unit = next((v, k) for k, v in line.items() if k != "name")
+        return f"{name} {value:.3g} {unit.replace('_per_', '/')}"
+    said = f"{name} {line['s'] * 1e6:11.1f} µs, {line['of_bandwidth']:6.1%} of bandwidth, "
+    said += f"{line['of_peak']:6.1%} of peak"
+    if "of_library" in line:
+        said += f", {line['of_library']:.1%} of {line['against']}"
+    if "target" in line:
+        said += f", target {line['target']:.0%} {'reached' if line['reached'] else 'MISSED'}"
+    return said
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ TABLE = Path(__file__).parents[1] / "tests" / "cuda" / "compiled.json"
 
 ARCHS = (80, 90)
 
-COLUMNS = ("registers", "shared_bytes", "instructions", "HGMMA", "QGMMA", "HMMA", "LDGSTS")
+COLUMNS = (
+    "registers", "shared_bytes", "instructions", "HGMMA", "QGMMA", "IGMMA", "HMMA", "IMMA", "LDGSTS"
+)  # fmt: skip
 
 EPILOG = """\b
 Examples:

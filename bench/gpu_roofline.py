@@ -71,7 +71,12 @@ def lines() -> Iterator[Line]:
     from step3_hetero.registry import get_backend
 
     device: Any = get_backend("cuda").open(0, {"interpret": True})
-    for name, least_flops, call in (*_attention(device), *_experts(device), *_rows(device)):
+    for name, least_flops, call in (
+        *_attention(device),
+        *_experts(device),
+        *_linear(device),
+        *_rows(device),
+    ):
         yield count(name, least_flops, call)
 
 
@@ -137,21 +142,42 @@ def _experts(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)]).int()
     share = torch.full(ids.shape, 0.5, dtype=torch.bfloat16)
     flops = 6 * TOKENS * TOP_K * HIDDEN * INTER
-    for stored in ("bfloat16", "float8_e4m3fn"):
+    for stored, held in (("bfloat16", "auto"), ("float8_e4m3fn", "auto"), ("bfloat16", "int8")):
         tensors = {n: _weight(rng, n, s, stored) for n, s in shapes.items()}
-        weights = device.prepare("experts", tensors, OpSpec("experts", "bfloat16"))
+        spec = OpSpec("experts", "bfloat16", weight_format=held)
+        weights = device.prepare("experts", tensors, spec)
+        said = stored if held == "auto" else held
         yield (
-            f"experts, {TOKENS} tokens, top {TOP_K} of {EXPERTS}, {HIDDEN}×{INTER}, {stored}",
+            f"experts, {TOKENS} tokens, top {TOP_K} of {EXPERTS}, {HIDDEN}×{INTER}, {said}",
             flops,
             lambda w=weights: device.kernel("experts")(u, share, ids, w),
         )
+
+
+def _linear(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    import torch
+
+    from step3_hetero.specs import OpSpec
+
+    rng = np.random.default_rng(0)
+    x = torch.randn(TOKENS, HIDDEN).bfloat16()
+    for stored, held in (("float8_e4m3fn", "auto"), ("bfloat16", "int8")):
+        tensors = {"w": _weight(rng, "w", (INTER, HIDDEN), stored)}
+        weights = device.prepare(
+            "linear", tensors, OpSpec("linear", "bfloat16", weight_format=held)
+        )
+        said = stored if held == "auto" else held
+        yield (
+            f"linear, {TOKENS} tokens, {HIDDEN}×{INTER}, {said}", 2 * TOKENS * HIDDEN * INTER,
+            lambda w=weights: device.kernel("linear")(x, w),
+        )  # fmt: skip
 
 
 def _weight(rng: np.random.Generator, name: str, shape: tuple[int, ...], stored: str) -> Any:
     from step3_hetero.specs import HostTensor
 
     data = rng.standard_normal(shape).astype(stored)
-    scale = np.ones((shape[0], shape[1] // 128, shape[2] // 128), np.float32)
+    scale = np.ones((*shape[:-2], shape[-2] // 128, shape[-1] // 128), np.float32)
     return HostTensor(name, data, scale if stored == "float8_e4m3fn" else None)
 
 
@@ -159,6 +185,7 @@ def _rows(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     import torch
 
     from step3_hetero.backends.cuda.norm import add_rms_norm
+    from step3_hetero.backends.cuda.rows import quantise_rows
 
     x = torch.randn(TOKENS, 1024).bfloat16()
     weight = torch.ones(1024).bfloat16()
@@ -171,6 +198,7 @@ def _rows(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
         f"quantise to e4m3 {shape}", 0,
         lambda: device.kernel("quantise")(x, dtype="float8_e4m3fn"),
     )  # fmt: skip
+    yield f"quantise rows to int8 {shape}", 0, lambda: quantise_rows(x)
     yield (
         f"route {TOKENS}×48", 0,
         lambda: device.kernel("route")(logits, top_k=3, renormalise=False),

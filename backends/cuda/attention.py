@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from step3_hetero.backend import BatchMeta, KVCache
+from step3_hetero.backends.cuda.checks import check_indices, check_width, longest_context
 from step3_hetero.backends.cuda.configurations import Configuration, configuration
 from step3_hetero.backends.cuda.kernels import attention as kernels
 from step3_hetero.backends.cuda.kernels import numbers
@@ -23,7 +24,6 @@ from step3_hetero.backends.cuda.launch import arch_of, launch, tile
 from step3_hetero.backends.cuda.rope import angles
 from step3_hetero.backends.cuda.rows import FORMAT, as_bytes
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
-from step3_hetero.errors import UnsupportedOp
 from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
 
 KEYS_OF_A_SPLIT = 512
@@ -42,12 +42,27 @@ class Batch:
         arrays = (meta.positions, meta.slots, meta.query_starts, meta.block_tables)
         self.positions, self.slots, self.starts, self.tables = (self._placed(x) for x in arrays)
         self.padded = int(meta.query_starts[-1]) < meta.tokens
-        self.longest = int(meta.context_lens.max(initial=0))
+        self.longest = longest_context(meta)
+        self._fits = False
         self._tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._angles: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def _placed(self, x: HostArray) -> Tensor:
         return to_torch(np.ascontiguousarray(x, np.int32)).to(self.device, copy=True)
+
+    def check(self, cache: CudaCache) -> None:
+        """Refuse a batch whose kernels would read behind its table, once for all layers.
+
+        With the option ``check_indices``, also what the cache does not have.
+
+        Raises:
+            UnsupportedOp: naming the sequence, block or slot, and what is allowed.
+        """
+        if not self._fits:
+            check_width(self.meta)
+            self._fits = True
+        if cache.checked:
+            check_indices(self.meta, cache.spec.blocks)
 
     def tiles(self, group: int, block: int) -> tuple[Tensor, Tensor]:
         """Return each tile's sequence and first row: ``group`` rows a query, ``block`` a tile.
@@ -106,7 +121,8 @@ class CudaCache(KVCache):
         self, k: Tensor, v: Tensor, batch: Batch, cos: Tensor, sin: Tensor, *, rotate: bool
     ) -> None:
         head_dim = self.spec.head_dim
-        self.check(batch.meta)
+        if self.checked:
+            check_indices(batch.meta, self.spec.blocks)
         k, v = (x if x.stride(1) == head_dim and x.stride(2) == 1 else x.contiguous()
                 for x in (k, v))  # fmt: skip
         count, half = tile(head_dim // 2)
@@ -117,25 +133,6 @@ class CudaCache(KVCache):
             v.stride(0), HEAD_DIM=head_dim, HALF=half, ROTATE=rotate, FORMAT=self.format,
             ROWS=count,
         )  # fmt: skip
-
-    def check(self, meta: BatchMeta) -> None:
-        """Refuse slots and blocks that the cache does not have, if it was opened to look.
-
-        Raises:
-            UnsupportedOp: one is out of range; it would be memory of something else.
-        """
-        if not self.checked:
-            return
-        for name, values, end in (
-            ("slot", meta.slots, self.spec.blocks * LOGICAL_BLOCK),
-            ("block", meta.block_tables, self.spec.blocks),
-        ):
-            low = -1 if name == "slot" else 0
-            bad = values[(values < low) | (values >= end)]
-            if bad.size:
-                raise UnsupportedOp(
-                    f"{name} {bad[0]} is not in this cache: {low} to {end - 1} are allowed"
-                )
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy one block after another, scales along with their rows."""
@@ -172,7 +169,7 @@ def attention(
 ) -> Tensor:
     """See ``reference.attention.attention``. ``chosen`` stands in for the table's configuration."""
     tokens, heads, head_dim = q.shape
-    cache.check(batch.meta)
+    batch.check(cache)
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
     new = torch.zeros if batch.padded else torch.empty

@@ -11,6 +11,9 @@ COMPUTED = ("float32", "bfloat16")
 WIRE = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 STORED = (*COMPUTED, "float8_e4m3fn", "int8")
 
+OLDEST_ARCH = 80
+"""The oldest compute capability that the kernels are compiled for: bfloat16 tensor cores."""
+
 FP8_ARCH = 89
 """The first compute capability with FP8 arithmetic: 8.9."""
 

@@ -39,7 +39,7 @@ TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 
-COUNTED = ("HGMMA", "QGMMA", "HMMA", "LDGSTS", "STL", "LDL")
+COUNTED = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "IMMA", "LDGSTS", "STL", "LDL")
 """Instructions that are counted: tensor cores, asynchronous copies, spills."""
 
 
@@ -60,7 +60,9 @@ class Compiled:
     instructions: int
     HGMMA: int
     QGMMA: int
+    IGMMA: int
     HMMA: int
+    IMMA: int
     LDGSTS: int
     STL: int
     LDL: int

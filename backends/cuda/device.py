@@ -26,13 +26,21 @@ from step3_hetero.backend import (
     Weights,
 )
 from step3_hetero.backends.cuda import attention, linear, moe, norm, rope, rows, sampling, vision
-from step3_hetero.backends.cuda.cards import FP8_ARCH, STORED, WIRE, computed, described
-from step3_hetero.backends.cuda.copies import CopyEvent, memory_for, pinned
+from step3_hetero.backends.cuda.cards import (
+    FP8_ARCH,
+    OLDEST_ARCH,
+    STORED,
+    WIRE,
+    computed,
+    described,
+)
+from step3_hetero.backends.cuda.copies import Copies, pinned
 from step3_hetero.backends.cuda.graphs import DecodeBatch, GraphedStage
+from step3_hetero.backends.cuda.memory import Watched, memory_for, stage_name
 from step3_hetero.backends.cuda.stages import CudaAttention, CudaFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
-from step3_hetero.composed import compose, invariant
-from step3_hetero.errors import ConfigError, UnsupportedOp
+from step3_hetero.composed import PerRow, compose, invariant
+from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.specs import (
     AttentionSpec,
     CacheSpec,
@@ -104,11 +112,24 @@ def open_device(index: int, options: Mapping[str, Any]) -> CudaDevice:
 
     Raises:
         ConfigError: FP8 activations on a card without FP8 arithmetic.
+        PlacementError: the card is older than the kernels.
     """
     interpreted = options["interpret"]
+    if not interpreted:
+        _refuse_older(torch.device("cuda", index))
     info = _interpreted_info(options["arch"]) if interpreted else _info(index)
     place = torch.device("cpu") if interpreted else torch.device("cuda", index)
     return CudaDevice(info, place, options)
+
+
+def _refuse_older(place: torch.device) -> None:
+    arch = _arch(place)
+    if arch < OLDEST_ARCH:
+        raise PlacementError(
+            f"{place} is an {torch.cuda.get_device_name(place)}, compute capability "
+            f"{arch // 10}.{arch % 10}: no bfloat16 tensor cores; the kernels need "
+            f"{OLDEST_ARCH // 10}.{OLDEST_ARCH % 10} (A800, A100) or newer"
+        )
 
 
 class CudaDevice(Device):
@@ -130,17 +151,22 @@ class CudaDevice(Device):
             )
         if place.type == "cuda":
             _keep_precision()
+        self.copies = Copies(place)
+        self._prepared = "no stage yet"
         self._batch: attention.Batch | None = None
         self._decoding: dict[int, DecodeBatch] = {}
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
         """Copy, so that the caller's array and the device's are never one."""
         target = TORCH_DTYPE[dtype or x.dtype.name]
-        return to_torch(x).to(self.place, target, copy=True)
+        with memory_for(lambda: f"an array {x.shape} in {dtype or x.dtype.name}", self.place):
+            if self.place.type == "cuda":
+                return self.copies.placed(to_torch(x), target)
+            return to_torch(x).to(target, copy=True)
 
     def to_host(self, x: Tensor) -> HostArray:
         """Copy back, once everything before it is done."""
-        return to_host(x.cpu() if x.is_cuda else x.clone())
+        return to_host(self.copies.fetched(x) if x.is_cuda else x.clone())
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Return an uninitialised tensor."""
@@ -160,7 +186,8 @@ class CudaDevice(Device):
 
     def prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
         """Cast, dequantise or keep the tensors as their op wants them."""
-        with memory_for(f"weights {', '.join(t.name for t in tensors.values())}", self.place):
+        self._prepared = ", ".join(t.name for t in tensors.values())
+        with memory_for(f"weights {self._prepared}", self.place):
             return self._prepare(op, tensors, spec)
 
     def _prepare(self, op: str, tensors: Mapping[str, HostTensor], spec: OpSpec) -> Weights:
@@ -176,9 +203,10 @@ class CudaDevice(Device):
         raise UnsupportedOp(f"cuda prepares conv2d, embed, experts, linear; asked for {op!r}")
 
     def open_cache(self, spec: CacheSpec) -> attention.CudaCache:
-        """Return a zeroed cache."""
+        """Return a zeroed cache. Its stage's weights are prepared before it: they say which."""
         checked = self.options["check_indices"]
-        with memory_for(f"a KV cache of {spec.nbytes:,} bytes ({spec})", self.place):
+        what = f"a KV cache of {spec.nbytes:,} bytes ({spec}) after the weights {self._prepared}"
+        with memory_for(what, self.place):
             return attention.CudaCache(spec, self.place, self.arch, checked=checked)
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
@@ -195,6 +223,18 @@ class CudaDevice(Device):
         limits: Limits,
     ) -> Stage:
         """Build fused attention and FFN stages; the others are composed."""
+        stage = self._build(spec, weights, cache, limits)
+        if isinstance(stage, PerRow):  # only the interpreter claims invariance: no card's memory
+            return stage
+        return invariant(self, Watched(stage, stage_name(spec.kind, weights), self.place))
+
+    def _build(
+        self,
+        spec: StageSpec,
+        weights: Mapping[str, Weights | Array],
+        cache: KVCache | None,
+        limits: Limits,
+    ) -> Stage:
         stage: Stage
         if isinstance(spec, AttentionSpec) and isinstance(cache, attention.CudaCache):
             stage = CudaAttention(self, spec, weights, cache)
@@ -204,24 +244,28 @@ class CudaDevice(Device):
             return compose(self, spec, weights, cache, limits)
         if self.options["graphs"] and not spec.batch_invariant:
             return GraphedStage(stage, limits, self.place, self._decoding)
-        return invariant(self, stage)
+        return stage
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory, from which copies neither wait nor pass through another buffer."""
         return pinned(nbytes, self.place)
 
     def copy_in(self, host: HostArray, out: Tensor) -> Event:
-        """Start copying ``host`` into ``out``; the event ends with the copy."""
+        """Start copying ``host`` into ``out``; see ``Copies.inward``."""
         source = to_torch(host)
-        out.copy_(source.view(out.dtype) if source.dtype != out.dtype else source,
-                  non_blocking=True)  # fmt: skip
-        return CopyEvent(self.place, keep=source) if out.is_cuda else Done()
+        source = source.view(out.dtype) if source.dtype != out.dtype else source
+        if self.place.type == "cuda":
+            return self.copies.inward(source, out)
+        out.copy_(source)
+        return Done()
 
     def copy_out(self, x: Tensor, host: HostArray) -> Event:
-        """Start copying ``x`` into ``host``; wait for the event before reading it."""
+        """Start copying ``x`` into ``host``; see ``Copies.outward``."""
         target = to_torch(host)
-        target.copy_(x, non_blocking=True)
-        return CopyEvent(self.place, keep=x) if x.is_cuda else Done()
+        if self.place.type == "cuda":
+            return self.copies.outward(x, target)
+        target.copy_(x)
+        return Done()
 
 
 def _arch(place: torch.device) -> int:

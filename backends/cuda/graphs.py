@@ -17,6 +17,7 @@ from torch import Tensor
 
 from step3_hetero.backend import BatchMeta, Stage
 from step3_hetero.backends.cuda.attention import Batch
+from step3_hetero.backends.cuda.checks import check_indices, check_width
 from step3_hetero.backends.cuda.rope import angles
 from step3_hetero.backends.torch_common.arrays import to_torch
 from step3_hetero.composed import deliver
@@ -86,6 +87,7 @@ class DecodeBatch(Batch):
         """Take in the next step's batch; rows beyond it write nothing and have no tile."""
         if self.filled is meta:
             return
+        check_width(meta)
         self.filled = meta
         _refill(self.positions, meta.positions, 0)
         _refill(self.slots, meta.slots, -1)
@@ -161,6 +163,9 @@ class GraphedStage(Stage):
                 self.bucket, self.limits.blocks_per_seq, self.place
             )
         self.rows = meta.tokens
+        cache = getattr(self.inner, "cache", None)
+        if cache is not None and cache.checked:  # a replay does not come by there
+            check_indices(meta, cache.spec.blocks)
         self.batches[self.bucket].fill(meta)
         self.inner.batch = self.batches[self.bucket]
 

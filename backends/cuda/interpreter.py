@@ -165,6 +165,9 @@ def _dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) 
     left, right, total = _floats(a), _floats(b), d.data
     if (traffic := _TRAFFIC.get()) is not None:
         traffic.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    if d.dtype.scalar == tl.int32:  # float64 holds these sums exactly, and NumPy has BLAS for it
+        found = np.matmul(left.astype(np.float64), right.astype(np.float64))
+        return TensorHandle(found.astype(np.int32) + total, tl.int32)
     if a.dtype.scalar != tl.float32 or d.dtype.scalar != tl.float32:
         return TensorHandle(np.matmul(left, right, dtype=total.dtype) + total, d.dtype.scalar)
     left, right = left.astype(np.float64), right.astype(np.float64)

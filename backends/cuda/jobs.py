@@ -105,6 +105,7 @@ def _rows(said: str, dtype: torch.dtype) -> Calls:
             partial(rows.dequantise, codes, scales, dtype=said),
         )
     yield f"swiglu, quantise {said}", lambda: _swiglu_quantise(both)
+    yield f"quantise rows {said}", lambda: rows.quantise_rows(x)
 
 
 def _swiglu_quantise(both: Tensor) -> None:
@@ -161,6 +162,8 @@ def stack(arch: int, dtype: torch.dtype, held: str) -> moe.ExpertWeights:
     parts: dict[str, Any]
     if held == "plain":
         parts = {n: _new(*shape, dtype=dtype) for n, shape in shapes.items()}
+    elif held == "int8":
+        parts = {n: linear.Integers(shape, META) for n, shape in shapes.items()}
     else:
         parts = {
             n: linear.Codes(_new(*s, dtype=torch.uint8), _new(s[0], s[1] // 128, s[2] // 128))
@@ -181,7 +184,7 @@ def _moe(arch: int, said: str, dtype: torch.dtype) -> Calls:
                 f"route, renormalise {renormalise}",
                 partial(moe.route, logits, top_k=TOP_K, renormalise=renormalise),
             )
-    formats = ["plain", "e4m3"]
+    formats = ["plain", "e4m3", "int8"]
     if arch >= FP8_ARCH and dtype == torch.bfloat16:
         formats.append("e4m3 x e4m3")
     for held in formats:
@@ -190,7 +193,8 @@ def _moe(arch: int, said: str, dtype: torch.dtype) -> Calls:
                 f"experts {said}, weights {held}, {tokens} tokens",
                 partial(_experts, arch, dtype, held, tokens),
             )
-    yield f"linear {said}, weights e4m3", lambda: _linear(arch, dtype)
+    for held in ("e4m3", "int8"):
+        yield f"linear {said}, weights {held}", partial(_linear, arch, dtype, held)
 
 
 def _experts(arch: int, dtype: torch.dtype, held: str, tokens: int) -> None:
@@ -199,9 +203,11 @@ def _experts(arch: int, dtype: torch.dtype, held: str, tokens: int) -> None:
     moe.experts(_new(tokens, HIDDEN, dtype=dtype), share, ids, stack(arch, dtype, held))
 
 
-def _linear(arch: int, dtype: torch.dtype) -> None:
-    codes = linear.Codes(_new(2560, HIDDEN, dtype=torch.uint8), _new(20, HIDDEN // 128))
-    weights = linear.LinearWeights(None, [codes], None, dtype, arch, {}, "e4m3", codes.nbytes)
+def _linear(arch: int, dtype: torch.dtype, held: str) -> None:
+    part: linear.Codes | linear.Integers = linear.Integers((2560, HIDDEN), META)
+    if held == "e4m3":
+        part = linear.Codes(_new(2560, HIDDEN, dtype=torch.uint8), _new(20, HIDDEN // 128))
+    weights = linear.LinearWeights(None, [part], None, dtype, arch, {}, held, part.nbytes)
     linear.linear(_new(DECODING, HIDDEN, dtype=dtype), weights)
 
 

@@ -1,7 +1,8 @@
-"""Matrix products: cuBLAS for weights in the activations' dtype, Triton for block FP8.
+"""Matrix products: cuBLAS for weights in the activations' dtype, Triton for block FP8 and INT8.
 
 See ``reference.linear``. FP8 weights stay one byte each, are widened in registers and scaled on
-the float32 sums: nothing is rounded that the definition does not round.
+the float32 sums: nothing is rounded that the definition does not round. INT8 weights meet rows that
+are rounded to int8 as they come; the sums of their products are exact.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from step3_hetero.backends.cuda.configurations import Configuration, configurati
 from step3_hetero.backends.cuda.kernels import gemm as kernels
 from step3_hetero.backends.cuda.kernels import numbers
 from step3_hetero.backends.cuda.launch import launch
+from step3_hetero.backends.cuda.rows import quantise_rows
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_torch
 from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.specs import FP8_BLOCK, HostTensor, OpSpec
@@ -40,12 +42,43 @@ class Codes:
         return self.codes.nbytes + self.scales.nbytes
 
 
+class Integers:
+    """One matrix, or a stack of experts', as int8 codes with a scale for each output row.
+
+    Shapes: codes (..., rows, columns) int8, scales (..., rows) float32. ``error`` and ``size`` are
+    the squared error of what was filled in against the checkpoint's own, and that one's square.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.codes = torch.empty(shape, dtype=torch.int8, device=device)
+        self.scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+        self.error = self.size = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def fill(self, place: int | slice, tensor: HostTensor) -> None:
+        """Round one matrix, on the device: expert ``place`` of a stack, or some of the rows."""
+        wide = dense(tensor, torch.float32).to(self.codes.device)
+        codes, scales = quantise_rows(wide)
+        self.codes[place], self.scales[place] = codes, scales
+        found = codes.double() * scales.double()[:, None]
+        self.error += float((found - wide.double()).square().sum())
+        self.size += float(wide.double().square().sum())
+
+
+Stored = Codes | Integers | Tensor
+"""Weights as ``multiply`` takes them: FP8, INT8, or numbers in a dtype of the card's."""
+
+
 @dataclass
 class LinearWeights(Weights):
-    """One dense matrix (several of the checkpoint's side by side), or block-FP8 ones in order."""
+    """One dense matrix (several of the checkpoint's side by side), or quantised ones in order."""
 
     matrix: Tensor | None
-    parts: Sequence[Codes]
+    parts: Sequence[Codes | Integers]
     bias: Tensor | None
     dtype: torch.dtype
     arch: int
@@ -84,6 +117,10 @@ def prepare_linear(
     dtype = TORCH_DTYPE[str(spec.parameters.get("out_dtype", spec.dtype))]
     bias = dense(tensors["bias"], dtype).to(device) if "bias" in tensors else None
     matrices = [t for n, t in tensors.items() if n != "bias"]
+    if spec.weight_format == "int8":
+        whole = _joined_integers(matrices, device)
+        method = int8_method([whole], tensors)
+        return LinearWeights(None, [whole], bias, dtype, arch, tensors, method, whole.nbytes)
     if stays_fp8(matrices, spec):
         parts = _joined_codes([codes_of(t, device) for t in matrices])
         nbytes, method = sum(p.nbytes for p in parts), "block FP8 as stored"
@@ -99,6 +136,23 @@ def _joined_codes(parts: Sequence[Codes]) -> list[Codes]:
         return list(parts)
     codes, scales = (torch.cat([getattr(p, n) for p in parts]) for n in ("codes", "scales"))
     return [Codes(codes, scales)]
+
+
+def _joined_integers(matrices: Sequence[HostTensor], device: torch.device) -> Integers:
+    whole = Integers((sum(t.shape[0] for t in matrices), matrices[0].shape[1]), device)
+    first = 0
+    for tensor in matrices:
+        whole.fill(slice(first, first + tensor.shape[0]), tensor)
+        first += tensor.shape[0]
+    return whole
+
+
+def int8_method(parts: Sequence[Integers], tensors: Mapping[str, HostTensor]) -> str:
+    """Say how tensors are held, and how far from the checkpoint's own."""
+    stored = ", ".join(sorted({t.dtype.name for t in tensors.values()}))
+    size = sum(p.size for p in parts)
+    error = sum(p.error for p in parts) / size if size else 0.0
+    return f"int8 per output row from {stored}, squared relative error {error:.1e}"
 
 
 def linear(x: Tensor, weights: LinearWeights, *, out_dtype: str | None = None) -> Tensor:
@@ -118,16 +172,20 @@ def _multiply_codes(x: Tensor, weights: LinearWeights, y: Tensor) -> None:
     for part in weights.parts:
         last = first + len(part.codes)
         bias = None if weights.bias is None else weights.bias[first:last]
-        chosen = gemm_configuration(weights.arch, x.dtype, "e4m3", x.shape[0])
+        held = "int8" if isinstance(part, Integers) else "e4m3"
+        chosen = gemm_configuration(weights.arch, x.dtype, held, x.shape[0])
         rows, tiles = every_row(x.shape[0], chosen.block("BLOCK_M"), x.device)
-        multiply(x, part, y[:, first:last], rows, tiles, chosen, bias=bias)
+        given, scale = quantise_rows(x) if isinstance(part, Integers) else (x, None)
+        target = y[:, first:last]
+        multiply(given, part, target, rows, tiles, chosen, bias=bias, x_scale=scale)
         first = last
 
 
 def gemm_configuration(arch: int, dtype: torch.dtype, held: str, rows: int) -> Configuration:
     """Return how to multiply about ``rows`` rows by weights in the format ``held``.
 
-    ``held``: ``plain`` (the activations' dtype), ``e4m3`` or ``e4m3 x e4m3``.
+    ``held``: ``plain`` (the activations' dtype), ``e4m3``, ``e4m3 x e4m3`` or ``int8``, whose rows
+    are int8 too.
     """
     wide = dtype == torch.float32
     said = {"plain": "float32" if wide else "bfloat16", "e4m3": "float32 e4m3" if wide else "e4m3"}
@@ -143,41 +201,47 @@ def every_row(m: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 def multiply(
     x: Tensor,
-    w: Codes | Tensor,
+    w: Stored,
     out: Tensor,
     rows: Tensor,
     tile_expert: Tensor,
     chosen: Configuration,
     *,
-    up: Codes | Tensor | None = None,
+    up: Stored | None = None,
     bias: Tensor | None = None,
     divisor: int = 1,
     x_scale: Tensor | None = None,
 ) -> None:
     """Start ``kernels.gemm.gemm``: ``out`` rows ``rows`` from x by the matrices of their tiles.
 
-    ``x_scale`` are the scales of an ``x`` in e4m3, ``up`` the other half of a gated product.
+    ``x_scale`` are the scales of an ``x`` in e4m3 or int8, ``up`` the other half of a gated
+    product.
     """
-    quantised = x_scale is not None
+    quantised = x_scale is not None and isinstance(w, Codes)
     gate_codes, gate_scale = _parts(w, quantised)
     up_codes, up_scale = (gate_codes, gate_scale) if up is None else _parts(up, quantised)
     n, k = gate_codes.shape[-2:]
     grid = (len(tile_expert), triton.cdiv(n, chosen.block("BLOCK_N")))
-    held = numbers.CODES if isinstance(w, Codes) else numbers.PLAIN
     launch(
         kernels.gemm, grid, x, x if x_scale is None else x_scale,
         gate_codes, gate_scale, up_codes, up_scale, x if bias is None else bias, out,
         rows, tile_expert, out.shape[0], n, k, x.stride(0), out.stride(0),
         configuration=chosen, DIVISOR=divisor, GATED=up is not None, BIASED=bias is not None,
-        FORMAT=held.value, QUANTISED=quantised,
+        FORMAT=_format(w), QUANTISED=quantised,
     )  # fmt: skip
 
 
-def _parts(w: Codes | Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
+def _format(w: Stored) -> int:
+    """Return how a kernel is told of weights."""
+    kinds = {Codes: numbers.CODES, Integers: numbers.INTEGERS}
+    return int(kinds.get(type(w), numbers.PLAIN).value)
+
+
+def _parts(w: Stored, quantised: bool) -> tuple[Tensor, Tensor]:
     """Return what a kernel is given of weights: numbers and scales (or the numbers again)."""
-    if isinstance(w, Codes):
-        return w.codes.view(torch.float8_e4m3fn) if quantised else w.codes, w.scales
-    return w, w
+    if isinstance(w, Tensor):
+        return w, w
+    return w.codes.view(torch.float8_e4m3fn) if quantised else w.codes, w.scales
 
 
 @dataclass

@@ -21,14 +21,17 @@ from step3_hetero.backends.cuda.kernels import rows as row_kernels
 from step3_hetero.backends.cuda.launch import WIDEST, launch, tile
 from step3_hetero.backends.cuda.linear import (
     Codes,
+    Integers,
+    Stored,
     codes_of,
     gemm_configuration,
+    int8_method,
     multiply,
     stays_fp8,
 )
-from step3_hetero.backends.cuda.rows import quantise
+from step3_hetero.backends.cuda.rows import quantise, quantise_rows
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
-from step3_hetero.backends.torch_common.weights import dense
+from step3_hetero.backends.torch_common.weights import dense, part
 from step3_hetero.specs import HostTensor, OpSpec
 
 SLOTS_AT_ONCE = 1024
@@ -63,9 +66,9 @@ def route(logits: Tensor, *, top_k: int, renormalise: bool) -> tuple[Tensor, Ten
 class ExpertWeights(Weights):
     """Stacks of gate, up (experts, inter, hidden) and down (experts, hidden, inter)."""
 
-    gate: Codes | Tensor
-    up: Codes | Tensor
-    down: Codes | Tensor
+    gate: Stored
+    up: Stored
+    down: Stored
     dtype: torch.dtype
     arch: int
     quantised: bool
@@ -78,17 +81,23 @@ class ExpertWeights(Weights):
         """Return the weights' format as ``gemm_configuration`` takes it."""
         if self.quantised:
             return "e4m3 x e4m3"
+        if isinstance(self.gate, Integers):
+            return "int8"
         return "e4m3" if isinstance(self.gate, Codes) else "plain"
 
     @property
     def experts(self) -> int:
         """Return how many experts there are."""
-        return len(self.gate.codes if isinstance(self.gate, Codes) else self.gate)
+        return self._shape[0]
 
     @property
     def inter(self) -> int:
         """Return the width of one expert."""
-        return (self.gate.codes if isinstance(self.gate, Codes) else self.gate).shape[1]
+        return self._shape[1]
+
+    @property
+    def _shape(self) -> torch.Size:
+        return self.gate.shape if isinstance(self.gate, Tensor) else self.gate.codes.shape
 
 
 def prepare_experts(
@@ -100,10 +109,18 @@ def prepare_experts(
 ) -> ExpertWeights:
     """Bring the stacks to the device, block FP8 as stored, anything else in the op's dtype.
 
-    ``quantised``: multiply FP8 by FP8, activations quantised per token and 128 columns.
+    With weights asked for as int8 they are rounded there, expert by expert. ``quantised``: multiply
+    FP8 by FP8, activations quantised per token and 128 columns.
     """
     dtype = TORCH_DTYPE[spec.dtype]
     parts = {n: tensors[n] for n in ("gate", "up", "down")}
+    if spec.weight_format == "int8":
+        rounded = {n: _rounded(t, device) for n, t in parts.items()}
+        every = list(rounded.values())
+        return ExpertWeights(
+            **rounded, dtype=dtype, arch=arch, quantised=False, source=tensors,
+            method=int8_method(every, tensors), nbytes=sum(w.nbytes for w in every),
+        )  # fmt: skip
     if stays_fp8(list(parts.values()), spec):
         codes = {n: codes_of(t, device) for n, t in parts.items()}
         method = "block FP8 as stored" + (", activations in FP8" if quantised else "")
@@ -117,6 +134,13 @@ def prepare_experts(
         **plain, dtype=dtype, arch=arch, quantised=False, source=tensors,
         method=spec.dtype, nbytes=sum(t.nbytes for t in plain.values()),
     )  # fmt: skip
+
+
+def _rounded(stack: HostTensor, device: torch.device) -> Integers:
+    rounded = Integers(stack.shape, device)
+    for number in range(stack.shape[0]):
+        rounded.fill(number, part(stack, number))
+    return rounded
 
 
 def experts(
@@ -170,7 +194,9 @@ def by_expert(ids: Tensor, experts: int, chosen: Configuration) -> tuple[Tensor,
 
 
 def _operand(x: Tensor, stack: ExpertWeights) -> tuple[Tensor, Tensor | None]:
-    """Return rows as the product takes them: as they are, or in FP8 with their scales."""
+    """Return rows as the product takes them: as they are, or in INT8 or FP8 with their scales."""
+    if isinstance(stack.gate, Integers):
+        return quantise_rows(x)
     return quantise(x, dtype="float8_e4m3fn") if stack.quantised else (x, None)
 
 

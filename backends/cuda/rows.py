@@ -58,6 +58,22 @@ def quantise(x: Tensor, *, dtype: str) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes and one scale for each whole row, as ``reference.quant.quantise_runs``.
+
+    Shapes: x (tokens, n) -> codes (tokens, n) int8, scales (tokens,) float32.
+    """
+    tokens, n = x.shape
+    codes = torch.empty((tokens, n), dtype=torch.int8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    count, width = tile(min(n, WIDEST))
+    launch(
+        kernels.quantise_rows, (triton.cdiv(tokens, count),), x.contiguous(), codes, scales,
+        tokens, n, ROWS=count, WIDTH=width,
+    )  # fmt: skip
+    return codes, scales
+
+
 def dequantise(q: Tensor, scale: Tensor, *, dtype: str) -> Tensor:
     """See ``reference.quant.dequantise``."""
     tokens, n = q.shape

@@ -16,7 +16,7 @@ import torch
 
 from step3_hetero.backends.cuda import attention, jobs, moe
 from step3_hetero.backends.cuda.configurations import Configuration, table, write
-from step3_hetero.backends.cuda.linear import Codes
+from step3_hetero.backends.cuda.linear import Codes, Integers
 from step3_hetero.errors import PlacementError
 from step3_hetero.specs import CacheSpec
 
@@ -144,6 +144,10 @@ def _filled(stack: moe.ExpertWeights) -> moe.ExpertWeights:
         if isinstance(part, Codes):
             codes = torch.randint(0, 120, part.codes.shape, dtype=torch.uint8, device="cuda")
             parts[name] = Codes(codes, torch.ones(part.scales.shape, device="cuda"))
+        elif isinstance(part, Integers):
+            parts[name] = Integers(part.codes.shape, torch.device("cuda"))
+            parts[name].codes.random_(-127, 128)
+            parts[name].scales.fill_(0.01)
         else:
             parts[name] = torch.randn(part.shape, dtype=part.dtype, device="cuda")
     return replace(stack, **parts)

@@ -36,6 +36,9 @@ def route(experts, top_k, draw="normal", *, renormalise=False):
 
 EXPERTS_FP8 = Case("experts", "float32", {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 130,
                                           "inter": 140}, stored=FP8)  # fmt: skip
+LINEAR_INT8 = Case("linear", "float32", {"tokens": 7, "in": 1100, "out": (70,)}, held="int8")
+EXPERTS_INT8 = Case("experts", "float32", {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 130,
+                                           "inter": 140}, held="int8")  # fmt: skip
 LINEAR_FP8 = Case("linear", "float32", {"tokens": 7, "in": 257, "out": (130,)}, stored=FP8)
 CACHE = Case("kv_cache", "float32", {"tokens": 200, "blocks": 5, "kv_heads": 1, "head_dim": 24})
 IMAGE = Case("self_attention", "float32", {"images": 2, "tokens": 20, "heads": 4, "head_dim": 16},
@@ -122,6 +125,22 @@ MUTANTS = (
            EXPERTS_FP8),
     Mutant("the end of a row is left out", "gemm", "tl.range(0, k, BLOCK_K)",
            "tl.range(0, k - BLOCK_K + 1, BLOCK_K)", LINEAR_FP8),
+    Mutant("integers are not scaled by their row", "gemm", "result = total.to(tl.float32) * factor",
+           "result = total.to(tl.float32)", LINEAR_INT8),
+    Mutant("integers are not scaled by their column", "gemm",
+           "result = total.to(tl.float32) * factor * scale",
+           "result = total.to(tl.float32) * factor", LINEAR_INT8),
+    Mutant("integers of all columns share a scale", "gemm", "at = expert * n + column",
+           "at = expert * n + column * 0", LINEAR_INT8),
+    Mutant("integers have the first expert's scales", "gemm", "at = expert * n + column",
+           "at = column", EXPERTS_INT8),
+    Mutant("integers of up are scaled as gate's", "gemm", "tl.load(up_scale + at",
+           "tl.load(b_scale + at", EXPERTS_INT8),
+    Mutant("the last columns alone give a row's scale", "rows",
+           "largest = tl.maximum(largest, tl.max(tl.abs(values), 1))",
+           "largest = tl.max(tl.abs(values), 1)", LINEAR_INT8),
+    Mutant("a row's integers use half their range", "rows", "tl.div_rn(largest, 127.0)",
+           "tl.div_rn(largest, 63.0)", LINEAR_INT8),
     Mutant("sigmoid for silu in the product", "gemm", "gate * tl.sigmoid(gate)", "tl.sigmoid(gate)",
            MIXED),
     Mutant("sigmoid for silu", "rows", "return g * tl.sigmoid(g)", "return tl.sigmoid(g)",

@@ -85,7 +85,13 @@ def test_a_card_without_fp8_arithmetic_stores_it_and_computes_without(backend):
     [
         (OpSpec("convolve", "float32"), "no kernel for 'convolve'"),
         (OpSpec("add", "float64"), "no arithmetic in float64; computes in float32, bfloat16"),
-        (OpSpec("linear", "bfloat16", weight_format="int8"), "cannot be held as int8; allowed"),
+        (OpSpec("embed", "bfloat16", weight_format="int8"), "cannot be held as int8; allowed"),
+        (OpSpec("linear", "bfloat16", weight_format="float16"), "cannot be held as float16"),
+        (OpSpec("linear", "bfloat16", {"in": 133_145}, weight_format="int8"), "133145 columns;"),
+        (OpSpec("experts", "bfloat16", {"inter": 133_145}, weight_format="int8"), "to 133144"),
+        (OpSpec("attention", "bfloat16", {}, kv_format="float32"), "float32 for bfloat16; allowed"),
+        (OpSpec("attention", "bfloat16", {"heads": 0}), "0 query heads on 1 KV heads"),
+        (OpSpec("route", "float32", {"experts": 4}, {"top_k": 0}), "top_k 0 .* allowed: 1 to 4"),
         (OpSpec("attention", "bfloat16", {"head_dim": 256}, kv_format="float16"), "no KV cache"),
         (OpSpec("attention", "bfloat16", {"head_dim": 100}), "head_dim 100; allowed: multiples"),
         (OpSpec("attention", "bfloat16", {"head_dim": 264}), "head_dim 264; allowed: multiples"),
@@ -113,10 +119,29 @@ def test_step3_itself_is_claimed(backend):
         OpSpec("rope", "bfloat16", heads, {"theta": 5e5}),
         OpSpec("route", "float32", {"experts": 48}, {"top_k": 3, "renormalise": False}),
         OpSpec("experts", "bfloat16", {"experts": 48, "hidden": 7168}, weight_format="auto"),
+        OpSpec("experts", "bfloat16", {"experts": 48, "hidden": 7168}, weight_format="int8"),
+        OpSpec("linear", "bfloat16", {"in": 18432, "out": 7168}, weight_format="int8"),
+        OpSpec("attention", "float32", heads, {"scale": 0.0625}, kv_format="float32"),
         OpSpec("rms_norm", "bfloat16", {"hidden": 7168}, {"eps": 1e-5}),
         OpSpec("self_attention", "bfloat16", {"heads": 16, "head_dim": 112}),
     ):
         assert backend.supports(info, spec) is None
+
+
+def test_an_older_card_is_refused_with_what_it_lacks(monkeypatch):
+    from step3_hetero.backends.cuda import device
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "Tesla V100")
+    said = r"cuda:0 is an Tesla V100, compute capability 7\.0: no bfloat16 .* need 8\.0 .* or newer"
+    with pytest.raises(PlacementError, match=said):
+        device.open_device(0, {"interpret": False})
+
+
+def test_longest_int8_sum_fits_an_int32():
+    from step3_hetero.backends.cuda.claims import LONGEST_SUM
+
+    assert LONGEST_SUM * 127**2 < 2**31 <= (LONGEST_SUM + 1) * 127**2
 
 
 def test_what_cannot_be_prepared_is_refused(device):

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from bench import gpu_compiled
 from bench.gpu_compiled import ARCHS, TABLE, as_text, differences
 from step3_hetero.backends.cuda import attention, compiling, moe
 from step3_hetero.backends.cuda.cards import SHARED_BYTES
@@ -100,7 +102,18 @@ def test_promises_are_those_of_the_card():
     for c in table():
         multiplies = c.kernel in ("attend", "attend_image", "gemm") and "float32" not in c.numbers
         assert bool(c.promises) == multiplies, c
-        assert c.promises in {80: {"", "HMMA"}, 90: {"", "HMMA", "HGMMA", "QGMMA"}}[c.arch]
+        if c.numbers == "int8" and c.kernel == "gemm":
+            assert c.promises in {80: {"IMMA"}, 90: {"IMMA", "IGMMA"}}[c.arch]
+        else:
+            assert c.promises in {80: {"", "HMMA"}, 90: {"", "HMMA", "HGMMA", "QGMMA"}}[c.arch]
+
+
+def test_integer_products_run_on_integer_tensor_cores():
+    product = "experts bfloat16, weights int8, 512 tokens: gemm, gated"
+    found = compiling.compile_job(next(j for j in jobs(ARCH) if j.name == product))
+    assert compiling.faults(found) == []
+    assert found.IGMMA > 0
+    assert found.HGMMA == found.HMMA == 0
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +136,8 @@ def test_table_keeps_within_every_card(kept):
 
 def compiled(**changed):
     return replace(
-        compiling.Compiled("a: b", 90, "BLOCK=1", "", 40, 0, 0, 100, 0, 0, 0, 0, 0, 0), **changed
+        compiling.Compiled("a: b", 90, "BLOCK=1", "", 40, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0, 0),
+        **changed,
     )
 
 
@@ -142,6 +156,38 @@ def test_any_spill_is_a_fault():
     assert compiling.faults(compiled()) == []
     for name in ("STL", "LDL", "stack_bytes"):
         assert len(compiling.faults(compiled(**{name: 1}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"STL": 3, "LDL": 3}, "spills: 3 stores to local memory"),
+        ({"promises": "IGMMA", "IMMA": 8}, "no IGMMA, which its configuration promises"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory, the card has 232448"),
+    ],
+)
+def test_gate_ends_with_an_error_for_a_fault_even_while_the_table_is_renewed(
+    fault, said, monkeypatch, tmp_path
+):
+    bad = compiled(**fault)
+    monkeypatch.setattr(gpu_compiled, "compile_all", lambda: [bad])
+    monkeypatch.setattr(gpu_compiled, "TABLE", tmp_path / "table.json")
+    for options in (["--write"], []):
+        done = CliRunner().invoke(gpu_compiled.main, options)
+        assert done.exit_code == 1
+        assert said in done.output
+        assert "1 complaints" in done.output
+
+
+def test_gate_passes_what_is_in_the_table_and_fails_what_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_compiled, "TABLE", tmp_path / "table.json")
+    monkeypatch.setattr(gpu_compiled, "compile_all", lambda: [compiled()])
+    assert CliRunner().invoke(gpu_compiled.main, ["--write"]).exit_code == 0
+    assert CliRunner().invoke(gpu_compiled.main).exit_code == 0
+    monkeypatch.setattr(gpu_compiled, "compile_all", lambda: [compiled(instructions=200)])
+    done = CliRunner().invoke(gpu_compiled.main)
+    assert done.exit_code == 1
+    assert "instructions was 100, is 200" in done.output
 
 
 def test_fp8_products_are_jobs_of_cards_that_have_them():

@@ -40,3 +40,8 @@ def test_interpreted_cuda_answers_digits_and_a_sum():
 def test_interpreted_cuda_experts_serve_another_backend_in_bfloat16():
     said, right = answers(CPU, INTERPRETED, "bf16")
     assert said == right
+
+
+def test_interpreted_cuda_answers_with_weights_held_as_integers():
+    said, right = answers(CPU, {**INTERPRETED, "weights": "int8"}, "bf16")
+    assert said == right

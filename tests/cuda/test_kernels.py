@@ -8,6 +8,7 @@ from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.cuda import attention, jobs, moe
 from step3_hetero.backends.cuda.kernels import rows as row_kernels
 from step3_hetero.backends.cuda.launch import launch, recording
+from step3_hetero.backends.reference.quant import quantise_runs as definition
 from step3_hetero.backends.torch_common.arrays import to_torch
 from step3_hetero.conformance.case import Case
 from step3_hetero.conformance.exam import examine
@@ -16,7 +17,8 @@ from step3_hetero.conformance.tolerance import ROUNDOFF
 from step3_hetero.registry import get_backend
 from step3_hetero.specs import CacheSpec, HostTensor, OpSpec
 
-FORMATS = ("float8_e4m3fn", "int8")
+FP8 = "float8_e4m3fn"
+FORMATS = (FP8, "int8")
 STEP = {"float8_e4m3fn": 2.0**-4, "int8": 0.5 / 127}
 """Half a step of a code: relative for e4m3 (three bits behind the first), of the largest in a row
 for int8."""
@@ -129,12 +131,38 @@ def test_split_and_whole_attention_agree(device, rng, monkeypatch):
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stored", ["", "float8_e4m3fn"])
-def test_experts_of_the_a800(stored, a800):
+@pytest.mark.parametrize(("stored", "held"), [("", ""), (FP8, ""), ("", "int8"), (FP8, "int8")])
+def test_experts_of_the_a800(stored, held, a800):
     dims = {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 130, "inter": 140}
-    case = Case("experts", "bfloat16", dims, stored=stored)
+    case = Case("experts", "bfloat16", dims, stored=stored, held=held)
     found = examine(get_backend("cuda"), a800, OpTrial(case))
     assert found.status == "passed", found.findings
+
+
+def test_int8_sums_beyond_what_float32_holds_are_exact(device, rng):
+    """2048 products of 127 and 127 are 33 million: above 2^24, where float32 skips numbers."""
+    codes = np.full((2, 2048), 127, np.float32)
+    codes[1, 0] = 126
+    weights = device.prepare(
+        "linear", {"w": HostTensor("w", codes)}, OpSpec("linear", "float32", weight_format="int8")
+    )
+    x = torch.from_numpy(np.full((1, 2048), 127, np.float32))
+    got = device.kernel("linear")(x, weights).double().numpy()[0]
+    exact = 2048 * 127**2 - np.array([0, 127])
+    assert (got == exact.astype(np.float32)).all()
+
+
+def test_rows_and_weights_are_rounded_to_integers_as_the_definition_does(device, rng):
+    from step3_hetero.backends.cuda.rows import quantise_rows
+
+    rows = rng.standard_normal((9, 1500)).astype(np.float32) * 10.0 ** rng.integers(-30, 30, (9, 1))
+    rows = rows.astype(np.float32)
+    rows[3] = 0
+    rows[4] = 1e-40  # its scale would be no normal float32
+    codes, scales = quantise_rows(torch.from_numpy(rows))
+    wanted, wanted_scales = definition(rows, "int8")
+    np.testing.assert_array_equal(codes.numpy(), wanted)
+    np.testing.assert_array_equal(scales.numpy(), wanted_scales)
 
 
 def test_fp8_activations_err_by_their_own_rounding_alone(rng):

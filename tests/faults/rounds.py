@@ -23,6 +23,7 @@ import numpy as np
 from faults.between import put_between
 from faults.proxy import BACK, THERE, FaultyProxy
 from step3_hetero import SamplingParams, load
+from step3_hetero.afd import local
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.request import Completion, Request
 
@@ -145,7 +146,8 @@ FAULTS = (
 def standing(rack: Rack, monkeypatch: Any) -> Iterator[Scene]:
     """Start a rack whose FFN instances are reached through proxies."""
     logs = LogDisk()
-    proxies = put_between(monkeypatch, "f", on_line=logs)
+    monkeypatch.setattr(local, "to_stderr", logs)
+    proxies = put_between(monkeypatch, "f")
     try:
         with load(DIGITS, **{**APART, **rack.keys}) as engine:
             yield Scene(rack, engine, proxies, logs)

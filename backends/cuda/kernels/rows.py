@@ -97,6 +97,31 @@ def store_run(values, codes, scales, row, column, inside, there, n, E4M3: tl.con
 
 
 @triton.jit
+def quantise_rows(x, codes, scales, tokens, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Quantise ROWS whole rows to int8, each with one scale: 1 where that is no normal float32.
+
+    Shapes: x, codes (tokens, n), scales (tokens,) float32. A row is read twice, WIDTH columns at a
+    time, and may be of any length.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    largest = tl.zeros([ROWS], tl.float32)
+    for first in tl.range(0, n, WIDTH):
+        inside = (row < tokens) & (first + column < n)
+        values = tl.load(x + row * n + first + column, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
+    scale = tl.div_rn(largest, 127.0)
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)[:, None]
+    for first in tl.range(0, n, WIDTH):
+        inside = (row < tokens) & (first + column < n)
+        values = tl.load(x + row * n + first + column, mask=inside, other=0.0).to(tl.float32)
+        ratio = tl.div_rn(values, tl.broadcast_to(scale, values.shape))
+        target = codes + row * n + first + column
+        tl.store(target, nearest_integer(ratio).to(tl.int8), mask=inside)
+    tl.store(scales + row, scale, mask=row < tokens)
+
+
+@triton.jit
 def dequantise(codes, scales, out, tokens, n, FORMAT: tl.constexpr, ROWS: tl.constexpr):
     """q · scale in float32, rounded to the dtype of ``out``. Shapes as in ``quantise``."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
