@@ -86,7 +86,9 @@ class Table:
     def event(self, role: Kept, said: str) -> None:
         """Show a change."""
         self._roles[role.member.name] = role
-        if self._live is None and not (role.state == "loading" and role.loaded):
+        if self._live is not None:
+            self._live.refresh()
+        elif not (role.state == "loading" and role.loaded):
             pid = f"pid {role.handle.pid}" if role.handle and role.handle.pid else ""
             words = (role.member.name, role.state, said, role.address, pid)
             click.echo(" ".join(word for word in words if word), err=True)
