@@ -74,6 +74,7 @@ class ProcessExecutor(Executor):
         self._seats = Seats(members, instances)
         self.instances = sum(s.member.leads and s.place is not None for s in self._seats)
         self._waiting: list[Waiting] = [deque() for _ in range(self.instances)]
+        self._epochs = [0] * self.instances
         self._flying: dict[int, int] = {}
         self._landed: deque[Landed] = deque()
         self._submitted = 0
@@ -113,6 +114,10 @@ class ProcessExecutor(Executor):
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
         """Copy logical KV blocks in every layer of one instance."""
         self._tell(instance, Kind.COPY, {"pairs": list(pairs)})
+
+    def cache_epoch(self, instance: int = 0) -> int:
+        """See Executor.cache_epoch."""
+        return self._epochs[instance]
 
     def close(self) -> None:
         """End every role, those that lead first: the others serve them to the last."""
@@ -283,20 +288,23 @@ class ProcessExecutor(Executor):
         """Fail the requests for an instance that will not come back.
 
         Raises:
-            RoleLost: it never was ready, died too often, or did not return within `START_S`.
+            RoleLost: it ended by itself before it was ready, died too often, or did not return
+                within `START_S`.
         """
         is_spare = seat.place is None and self._submitted > 0
         away_s = time.monotonic() - seat.away_since_s
         if is_spare or (handle.returns and away_s < START_S and seat.deaths <= MOST_DEATHS):
             return
-        if was_ready and seat.deaths <= MOST_DEATHS:
+        may_come_up = was_ready or (handle.was_killed() and self._submitted > 0)
+        if may_come_up and seat.deaths <= MOST_DEATHS:
             return
-        often = f", {seat.deaths} times in a row" if was_ready else " before it was ready"
+        often = f", {seat.deaths} times in a row" if may_come_up else " before it was ready"
         raise RoleLost(f"{seat.member.name} ended with {how}{often}; its log says why")
 
     def _lose(self, instance: int) -> None:
         """Let all that an attention instance had under way be computed again."""
         self._waiting[instance].clear()
+        self._epochs[instance] += 1
         for number in [n for n, i in self._flying.items() if i == instance]:
             del self._flying[number]
             self._landed.append(Landed(Ticket(number), None))

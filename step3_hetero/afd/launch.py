@@ -41,6 +41,10 @@ class RoleProcess(Handle):
             return f"signal {names.get(-code, -code)}"
         return f"exit code {code}"
 
+    def was_killed(self) -> bool:
+        """See Handle.was_killed."""
+        return self.popen.wait() < 0
+
     def kill(self) -> None:
         """See Handle.kill."""
         with suppress(ProcessLookupError):

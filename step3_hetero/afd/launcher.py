@@ -108,6 +108,10 @@ class Handle(ABC):
     def how_it_ended(self) -> str:
         """Say how a role that has ended did so, as in ``exit code 1``."""
 
+    def was_killed(self) -> bool:
+        """Say whether a role that has ended did so by no doing of its own: a signal ended it."""
+        return False
+
     @abstractmethod
     def ask(self) -> None:
         """Ask the role to finish what is under way and end. Never waits."""
