@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-ray lint types wheel-test conformance bench faults setup clean \
+.PHONY: help demo test fuzz faults test-ray lint types wheel-test conformance bench setup clean \
   cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-stand-in ascend-t2 ascend-t3 test-npu
 
 help: ## this list
@@ -30,6 +30,9 @@ demo: $(VENV)/.run ## a tiny Step-3 reads digits, its attention on one backend a
 
 test: $(VENV)/.dev ## the whole test suite, a worker for each core; PYTEST_ARGS="-k config" for a part
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev ## 100,000 hostile peers against each transport, a quarter of an hour
+	@STEP3_HETERO_FUZZ_ROUNDS=100000 $(BIN)/python -m pytest tests/transport/test_fuzz.py
 
 test-ray: $(VENV)/.dev ## the roles as actors over a local Ray cluster of three nodes; installs ray
 	@$(PIP) install --editable '.[cpu,distributed]'

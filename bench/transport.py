@@ -1,7 +1,11 @@
-"""``python -m bench.transport``: round trips of one A2F and one F2A, beside pyzmq and a pipe.
+"""``python -m bench.transport``: round trips of one A2F and one F2A, beside what they are made of.
 
 0.9 MB go out and 1.8 MB come back: 128 tokens of 7168 in FP8 and in bfloat16. Both processes keep
-to a core of their own where there are two.
+to a core of their own where there are two. All sides are open at once and take turns, so that
+whatever else the machine does falls on all alike: judge by the ratios of one run.
+
+``memcpy`` copies the same bytes once within one process; ``bare`` sides send them over a socket
+without header, checksum or deadline.
 """
 
 from __future__ import annotations
@@ -9,9 +13,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
@@ -27,22 +32,27 @@ from step3_hetero.transport.registry import get_transport
 OUT_BYTES = 128 * 7168
 BACK_BYTES = 2 * OUT_BYTES
 LIMITS = FrameLimits(1 << 16, 1 << 24, 8)
+CORES = sorted(os.sched_getaffinity(0))
+HERE, THERE = CORES[0], CORES[-1]
+"""Read before this process keeps to one: a child inherits that, and has to be told of the other."""
+
 SPAWN = multiprocessing.get_context("spawn")
 
 Trip = Callable[[], None]
+
+TURN_TRIPS, WARM_TRIPS = 20, 5
+"""A side makes so many trips in a row, after some that warm the caches again."""
 
 TARGETS_US = {"shm": 120, "tcp": 900}
 
 
 def _stay(core: int) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) > 1:
-        os.sched_setaffinity(0, {cores[core % len(cores)]})
+    os.sched_setaffinity(0, {core})
 
 
-def _answer_frames(name: str, address: str) -> None:
-    _stay(1)
-    channel, back = get_transport(name).connect(address, LIMITS, 30), bytes(BACK_BYTES)
+def _answer_frames(core: int, name: str, address: str) -> None:
+    _stay(core)
+    channel, back = get_transport(name).connect(address, LIMITS, 30), os.urandom(BACK_BYTES)
     while len(frame := channel.receive(60).parts) == 1 and len(frame[0]) > 1:
         channel.send(Frame(9, 0, 0, b"{}", [back]), 30)
 
@@ -51,9 +61,9 @@ def _answer_frames(name: str, address: str) -> None:
 def ours(name: str) -> Iterator[Trip]:
     """Give a round trip over one of our transports."""
     listener = get_transport(name).listen("", LIMITS)
-    process = SPAWN.Process(target=_answer_frames, args=(name, listener.address))
+    process = SPAWN.Process(target=_answer_frames, args=(THERE, name, listener.address))
     process.start()
-    channel, out = listener.accept(60), bytes(OUT_BYTES)
+    channel, out = listener.accept(60), os.urandom(OUT_BYTES)
 
     def trip() -> None:
         channel.send(Frame(8, 0, 0, b"{}", [out]), 30)
@@ -66,11 +76,70 @@ def ours(name: str) -> Iterator[Trip]:
     listener.close()
 
 
-def _answer_zmq(address: str) -> None:
+def _filled(sock: socket.socket, view: memoryview) -> memoryview:
+    place = 0
+    while place < len(view) and (count := sock.recv_into(view[place:])):
+        place += count
+    return view[:place]
+
+
+def _answer_bare(core: int, sock: socket.socket) -> None:
+    _stay(core)
+    back, room = os.urandom(BACK_BYTES), memoryview(bytearray(OUT_BYTES))
+    while len(_filled(sock, room)) == OUT_BYTES:
+        sock.sendall(back)
+
+
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+        there, _ = server.accept()
+    for end in (here, there):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return here, there
+
+
+@contextmanager
+def bare(pair: Callable[[], tuple[socket.socket, socket.socket]]) -> Iterator[Trip]:
+    """Give a round trip over a socket alone, into a buffer that is kept."""
+    here, there = pair()
+    process = SPAWN.Process(
+        target=_answer_bare,
+        args=(
+            THERE,
+            there,
+        ),
+    )
+    process.start()
+    there.close()
+    out, room = os.urandom(OUT_BYTES), memoryview(bytearray(BACK_BYTES))
+
+    def trip() -> None:
+        here.sendall(out)
+        assert len(_filled(here, room)) == BACK_BYTES
+
+    yield trip
+    here.close()
+    process.join()
+
+
+@contextmanager
+def memcpy() -> Iterator[Trip]:
+    """Give two copies within this process, of the bytes that go out and of those that come back."""
+    pairs = [(os.urandom(n), memoryview(bytearray(n))) for n in (OUT_BYTES, BACK_BYTES)]
+
+    def trip() -> None:
+        for source, target in pairs:
+            target[:] = source
+
+    yield trip
+
+
+def _answer_zmq(core: int, address: str) -> None:
     import zmq
 
-    _stay(1)
-    socket, back = zmq.Context.instance().socket(zmq.REP), bytes(BACK_BYTES)
+    _stay(core)
+    socket, back = zmq.Context.instance().socket(zmq.REP), os.urandom(BACK_BYTES)
     socket.bind(address)
     while len(socket.recv(copy=False)) > 1:
         socket.send(back, copy=False)
@@ -81,9 +150,15 @@ def pyzmq(address: str) -> Iterator[Trip]:
     """Give a round trip over pyzmq, without copies where it can."""
     import zmq
 
-    process = SPAWN.Process(target=_answer_zmq, args=(address,))
+    process = SPAWN.Process(
+        target=_answer_zmq,
+        args=(
+            THERE,
+            address,
+        ),
+    )
     process.start()
-    socket, out = zmq.Context.instance().socket(zmq.REQ), bytes(OUT_BYTES)
+    socket, out = zmq.Context.instance().socket(zmq.REQ), os.urandom(OUT_BYTES)
     socket.connect(address)
 
     def trip() -> None:
@@ -96,9 +171,9 @@ def pyzmq(address: str) -> Iterator[Trip]:
     socket.close()
 
 
-def _answer_pipe(end: Connection) -> None:
-    _stay(1)
-    back = bytes(BACK_BYTES)
+def _answer_pipe(core: int, end: Connection) -> None:
+    _stay(core)
+    back = os.urandom(BACK_BYTES)
     while len(end.recv_bytes()) > 1:
         end.send_bytes(back)
 
@@ -107,9 +182,15 @@ def _answer_pipe(end: Connection) -> None:
 def pipe() -> Iterator[Trip]:
     """Give a round trip over a pipe of multiprocessing."""
     here, there = SPAWN.Pipe()
-    process = SPAWN.Process(target=_answer_pipe, args=(there,))
+    process = SPAWN.Process(
+        target=_answer_pipe,
+        args=(
+            THERE,
+            there,
+        ),
+    )
     process.start()
-    out = bytes(OUT_BYTES)
+    out = os.urandom(OUT_BYTES)
 
     def trip() -> None:
         here.send_bytes(out)
@@ -120,19 +201,31 @@ def pipe() -> Iterator[Trip]:
     process.join()
 
 
-def measure(sides: dict[str, Any], trips: int) -> list[dict[str, Any]]:
-    """Return median and 99th percentile of each side, in microseconds."""
+def measure(
+    sides: dict[str, Callable[[], AbstractContextManager[Trip]]], trips: int
+) -> list[dict[str, Any]]:
+    """Return median, 10th and 99th percentile of each side, in microseconds."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    with ExitStack() as stack:
+        taken = {name: stack.enter_context(side()) for name, side in sides.items()}
+        for _ in range(-(-trips // TURN_TRIPS)):
+            for name, trip in taken.items():
+                for number in range(-WARM_TRIPS, TURN_TRIPS):
+                    start = time.perf_counter()
+                    trip()
+                    if number >= 0:
+                        times[name].append((time.perf_counter() - start) * 1e6)
     rows = []
-    for name, side in sides.items():
-        times = []
-        with side() as trip:
-            for number in range(trips + 20):
-                start = time.perf_counter()
-                trip()
-                if number >= 20:
-                    times.append((time.perf_counter() - start) * 1e6)
-        times.sort()
-        rows.append({"side": name, "median_us": median(times), "p99_us": times[int(0.99 * trips)]})
+    for name, found in times.items():
+        found.sort()
+        rows.append(
+            {
+                "side": name,
+                "median_us": median(found),
+                "p10_us": found[trips // 10],
+                "p99_us": found[int(0.99 * trips)],
+            }
+        )
     return rows
 
 
@@ -140,27 +233,34 @@ def measure(sides: dict[str, Any], trips: int) -> list[dict[str, Any]]:
 @click.option("--trips", default=500, show_default=True, help="Round trips of each side.")
 @click.option("--json", "as_json", is_flag=True)
 def main(trips: int, as_json: bool) -> None:
-    """Measure every side, one after another, in one run."""
+    """Measure every side in one run."""
     machine = describe()
-    _stay(0)
+    _stay(HERE)
     with TemporaryDirectory() as folder:
-        sides = {
-            "shm": partial(ours, "shm"),
-            "tcp": partial(ours, "tcp"),
-            "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),
-            "pyzmq ipc": partial(pyzmq, f"ipc://{folder}/bench"),
-            "multiprocessing pipe": pipe,
-        }
-        rows = measure(sides, trips)
+        rows = measure(
+            {
+                "memcpy": memcpy,
+                "shm": partial(ours, "shm"),
+                "tcp": partial(ours, "tcp"),
+                "bare tcp": partial(bare, _tcp_pair),
+                "bare socketpair": partial(bare, socket.socketpair),
+                "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),
+                "pyzmq ipc": partial(pyzmq, f"ipc://{folder}/bench"),
+                "multiprocessing pipe": pipe,
+            },
+            trips,
+        )
     if as_json:
         click.echo(json.dumps({"machine": machine, "rows": rows}, indent=1))
         return
     click.echo(sentence(machine))
+    copied = rows[0]["median_us"]
+    click.echo(f"{'side':<22} {'median':>8} {'10th':>8} {'99th':>8} us  memcpys  aim")
     for row in rows:
-        aim = TARGETS_US.get(row["side"])
-        told = f", aim {aim} us" if aim else ""
+        aim = TARGETS_US.get(row["side"], "")
         click.echo(
-            f"{row['side']:<22} {row['median_us']:7.0f} us median, {row['p99_us']:7.0f} p99{told}"
+            f"{row['side']:<22} {row['median_us']:8.0f} {row['p10_us']:8.0f} {row['p99_us']:8.0f}"
+            f"     {row['median_us'] / copied:7.1f}  {aim}"
         )
 
 

@@ -40,7 +40,7 @@ class EngineSide:
         from step3_hetero.runtime.request import SamplingParams
 
         stages = ["embed", "attention", "ffn", "head"]
-        runtime = {"max_batch": MAX_BATCH, "prefill_chunk": PREFILL}
+        runtime = {"max_batch": MAX_BATCH, "prefill_chunk": PREFILL, "prefix_reuse": False}
         runtime["kv_blocks"] = MAX_BATCH * MAX_CONTEXT // 128
         roles = {"all": {"stages": stages, "backend": options.get("backend", "cpu")}}
         self.engine = load({"version": 1, "model": folder, "roles": roles, "runtime": runtime})

@@ -28,6 +28,7 @@ from step3_hetero.runtime.loader import open_cache, stage_weights
 from step3_hetero.specs import (
     LOGICAL_BLOCK,
     AttentionSpec,
+    Cut,
     FfnSpec,
     HeadSpec,
     HostTensor,
@@ -55,10 +56,10 @@ class RandomSource:
         self._shapes = shapes
         self._draw = np.random.default_rng(SEED)
 
-    def tensor(self, name: str) -> HostTensor:
+    def tensor(self, name: str, cuts: Sequence[Cut] = ()) -> HostTensor:
         """Return one weight, small so that nothing overflows."""
         values = self._draw.standard_normal(self._shapes[name], np.float32) * np.float32(0.02)
-        return HostTensor(name, values)
+        return HostTensor(name, values).cut(cuts)
 
 
 def stage_key(stage: GraphStage) -> str:

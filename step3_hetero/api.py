@@ -85,6 +85,8 @@ def load(
         resolved.placement,
         max_batch=runtime.max_batch,
         prefill_chunk=runtime.prefill_chunk,
+        prefix_reuse=runtime.prefix_reuse,
+        max_waiting=runtime.max_waiting,
     )
 
 

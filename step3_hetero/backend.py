@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from step3_hetero.collective import Collective as Collective
+from step3_hetero.collective import Rendezvous as Rendezvous
 from step3_hetero.errors import ConfigError, UnsupportedOp
 from step3_hetero.specs import (
     LOGICAL_BLOCK,
@@ -304,11 +306,12 @@ class Device(ABC):
         host[...] = self.to_host(x)
         return Done()
 
-    def group(self, ranks: Sequence[int], rendezvous: str) -> Any:
-        """Join a collective over ``ranks`` of this backend.
+    def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
+        """Join a collective over ``ranks`` of this backend, in their order.
 
         Raises:
             UnsupportedOp: the backend has no collectives.
+            TransportTimeout: another rank did not come within the deadline.
         """
         raise UnsupportedOp(f"{self.info.name} has no collectives, asked for ranks {list(ranks)}")
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-HostArray = npt.NDArray[Any]
+from step3_hetero.tensors import FP8_BLOCK as FP8_BLOCK
+from step3_hetero.tensors import Cut as Cut
+from step3_hetero.tensors import HostArray as HostArray
+from step3_hetero.tensors import HostTensor as HostTensor
+from step3_hetero.tensors import TensorSource as TensorSource
+
 Scalar = int | float | bool | str
-
-FP8_BLOCK = 128
-"""Rows and columns of one scale block in a block-FP8 checkpoint."""
 
 SCALED = ("float8_e4m3fn", "int8")
 """Formats of numbers that stand beside a float32 scale."""
@@ -59,36 +60,6 @@ def weight_bytes(elements: int, rows: int, dtype: str) -> int:
     """
     scales = rows * itemsize("float32") if dtype == "int8" else 0
     return elements * itemsize(dtype) + scales
-
-
-@dataclass(frozen=True, slots=True)
-class HostTensor:
-    """A weight in host memory, as the checkpoint stores it.
-
-    Shapes: data (..., rows, columns); scale_inv, for float8_e4m3fn data only,
-    (..., ceil(rows / 128), ceil(columns / 128)) float32, with weight = data * scale_inv.
-    """
-
-    name: str
-    data: HostArray
-    scale_inv: HostArray | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the weight itself."""
-        return self.data.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Return the stored dtype."""
-        return self.data.dtype
-
-
-class TensorSource(Protocol):
-    """Where weights come from: a checkpoint, or one with a part zeroed."""
-
-    def tensor(self, name: str) -> HostTensor:
-        """Return one weight; its values are checked to be finite."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ runtime: {dtype: fp32, max_batch: 8}
 ALL_DEFAULTS = """\
 runtime: {processes: one, dtype: model, batch_invariant: false, router_logits: fp32,
           microbatches: 1, max_batch: 64, kv_dtype: auto, kv_blocks: auto, prefill_chunk: 512,
-          fallback: false, shadow_backend: null, shadow_sample: 0.0}
+          prefix_reuse: true, max_waiting: 4096, fallback: false, shadow_backend: null,
+          shadow_sample: 0.0}
 transport: {kind: shm, deadline_s: 2.0, a2f_dtype: auto, f2a_dtype: auto, key_file: null}
 """
 ROLE_DEFAULTS = """\
@@ -174,9 +175,8 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
          "run.yaml:7: roles.a.instances: 2 refused; allowed: 1 with runtime.processes: one; "
          "set that to per-role"),
         ("backend: cpu", "backend: cpu\n    tp: 8",
-         "run.yaml:7: roles.a.tp: 8 is not available yet; use 1"),
-        ("backend: cpu", "backend: cpu\n    ep: 2",
-         "run.yaml:7: roles.a.ep: 2 is not available yet; use 1"),
+         "run.yaml:7: roles.a.tp: 8 refused; allowed: 1 with runtime.processes: one; set that to "
+         "per-role"),
         ("backend: cpu", "backend: cpu\n    spares: 1",
          "run.yaml:7: roles.a.spares: 1 refused; allowed: 0 with runtime.processes: one; "
          "set that to per-role"),
@@ -190,6 +190,24 @@ def test_message_names_the_line_the_value_and_what_is_known(read, old, new, want
 )  # fmt: skip
 def test_value_that_needs_later_work_is_refused(read, old, new, want):
     assert message(read, RUN.replace(old, new)) == want
+
+
+@pytest.mark.parametrize(
+    ("backend", "keys", "want"),
+    [
+        ("reference", "ep: 2\n    instances: 3",
+         "run.yaml:12: roles.f.instances: 3 is no multiple of ep, which is 2"),
+        ("cpu", "tp: 2",
+         "run.yaml:7: roles.a.tp: 2 is not available yet with stages other than ffn; give those "
+         "another role"),
+        ("cpu", "instances: 2\n    ep: 2",
+         "run.yaml:8: roles.a.ep: 2 is not available yet with stages other than ffn; give those "
+         "another role"),
+    ],
+)  # fmt: skip
+def test_only_whole_sets_of_a_role_of_ffn_alone_share_their_stages(read, backend, keys, want):
+    text = RUN.replace(f"backend: {backend}\n", f"backend: {backend}\n    {keys}\n")
+    assert message(read, text, "runtime.processes=per-role") == want
 
 
 @pytest.mark.parametrize(

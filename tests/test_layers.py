@@ -13,12 +13,14 @@ FACTS = "config catalogue transport emulate"
 MAY_IMPORT = {
     "": "api runtime",  # the front door: imports them when a name is first used
     "errors": "",
-    "specs": "errors",
+    "tensors": "errors",
+    "specs": "errors tensors",
     "ops": "errors specs",
     "resample": "errors",
     "model": BASE,
     "graph": f"{BASE} model",
-    "backend": f"{BASE} composed",  # the default way to run a stage, imported when it is built
+    "collective": "errors",
+    "backend": f"{BASE} collective composed",  # composed: the default stage, imported when built
     "composed": f"{BASE} backend",
     "registry": f"{BASE} backend composed",
     "config": "errors",

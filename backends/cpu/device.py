@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 from step3_hetero.backend import (
     Array,
     BatchMeta,
+    Collective,
     Device,
     DeviceInfo,
     Kernel,
     KVCache,
     Memory,
+    Rendezvous,
     Stage,
     Weights,
 )
@@ -123,6 +125,12 @@ class CpuDevice(Device):
         if self._batch is None or self._batch.meta is not meta:
             self._batch = attention.Batch(meta)
         return self._batch
+
+    def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
+        """Join a group over gloo."""
+        from step3_hetero.backends.torch_common.collective import join
+
+        return join(ranks, rendezvous)
 
     def build(
         self,

@@ -36,6 +36,7 @@ def edge_contract(config: Config, placement: Placement, folder: Path) -> Contrac
         "microbatches": config.runtime.microbatches,
         "tokens": placement.limits.tokens,
         "roles": {name: stage_ranges(role.stages) for name, role in placement.roles.items()},
+        "sharding": {name: [f"ep {r.ep}", f"tp {r.tp}"] for name, r in config.roles.items()},
     }
 
 

@@ -145,7 +145,8 @@ class Doorman:
         return True
 
     def _let_in(self, link: Link, said: Mapping[str, object]) -> None:
-        agreed = {"contract": dict(self._contract), "now": time.monotonic()}
+        contract, now = dict(self._contract), time.monotonic()
+        agreed = {"contract": contract, "name": self._label, "now": now}
         with self._changed:
             if link.name == FRONT:
                 if self._has_front:

@@ -16,6 +16,7 @@ from step3_hetero.afd.messages import (
     result_parcel,
     total_bytes,
 )
+from step3_hetero.afd.partials import added
 from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import IsOver
@@ -62,7 +63,7 @@ class Driver:
         self._a2f = a2f
         self._f2a = f2a
         self._underway: dict[int, Underway] = {}
-        self._answers: deque[Message] = deque()
+        self._answers: deque[tuple[int, list[Message]]] = deque()
         self._numbers = itertools.count(1)
 
     def serve(self, front: Link, is_over: IsOver) -> None:
@@ -76,7 +77,7 @@ class Driver:
                 else:
                     self._from_remote(front, link)
             while self._answers:
-                self._resume(front, self._answers.popleft())
+                self._resume(front, *self._answers.popleft())
             for role, remote in self._remotes.items():
                 for number in remote.lost():
                     front.send(Kind.LOST, said={"role": role, "instance": number})
@@ -119,25 +120,37 @@ class Driver:
             return
         start = time.monotonic()
         try:
-            for answer in remote.read(link):
-                self._answers.append(answer)
-                self._note_answer(remote.role, link, answer, start)
+            answer = remote.read(link)
         except Step3HeteroError as error:
             front.send(Kind.FAILED, said={"why": f"{link.name}: {error}"})
+            return
+        if answer is None:
+            return
+        parts = remote.whole(answer.seq)
+        self._note_answer(remote.role, link, answer, start, last=parts is not None)
+        if parts is not None:
+            self._answers.append((answer.seq, parts))
 
-    def _note_answer(self, role: str, link: Link, answer: Message, start_s: float) -> None:
-        """Count what an answer's way took at both of its ends."""
+    def _note_answer(
+        self, role: str, link: Link, answer: Message, start_s: float, *, last: bool
+    ) -> None:
+        """Count what an answer's way took at both of its ends; the round trip ends with the last.
+
+        What an instance says of itself is counted for each: a role's seconds are all of its work.
+        """
         clock, timeline = self._program.clock, self._program.timeline
         waiting, end = self._underway[answer.seq], time.monotonic()
         node, size = waiting.call.node, total_bytes(answer.arrays)
         clock.add(self._role, f"{TAKE} from {role}", end - start_s)
-        clock.add(role, f"{node.kind} round trip", end - waiting.since_s)
+        if last:
+            clock.add(role, f"{node.kind} round trip", end - waiting.since_s)
         told = {node.kind: "seconds", TAKE: "taken_s", SEND: "sent_s", WAIT: "waited_s"}
         for kind, key in told.items():
             clock.add(role, kind, number_of(answer.said, key), size * (kind == SEND))
         if timeline is not None:
             self._work_on(waiting.ticket)
-            timeline.add(TAKE, node.name, start_s, end, size, self._call_number(answer.seq) + 1)
+            call = int(number_of(answer.said, "call"))
+            timeline.add(TAKE, node.name, start_s, end, size, call + 1 if call else 0)
             timeline.extend(spans_of(answer.said.get("spans", ()), -link.ahead_s))
 
     def _work_on(self, ticket: int) -> None:
@@ -145,14 +158,21 @@ class Driver:
             self._program.timeline.batch = ticket
 
     def _call_number(self, seq: int) -> int:
-        """Return a number for the way there, one more for the way back; no instance shares one."""
-        return 2 * (seq << 16 | self._number)
+        """Return a number for the way to member 0, one more for the way back; nobody shares one.
 
-    def _resume(self, front: Link, answer: Message) -> None:
-        waiting = self._underway.pop(answer.seq)
+        Member m of a set has numbers 2·m further: there is room for 256, and for 4096 callers.
+        """
+        return 2 * (seq << 20 | self._number << 8)
+
+    def _resume(self, front: Link, seq: int, parts: Sequence[Message]) -> None:
+        waiting = self._underway.pop(seq)
         self._work_on(waiting.ticket)
         gives = {t.name: t for t in waiting.call.node.gives}
-        outputs = self._f2a.to_device(self._program.home, answer.arrays, gives)
+        try:
+            outputs = added(self._program.home, self._f2a, [p.arrays for p in parts], gives)
+        except Step3HeteroError as error:
+            front.send(Kind.FAILED, said={"why": f"{waiting.call.node.name}: {error}"})
+            return
         self._advance(front, waiting.ticket, waiting.passing, outputs)
 
     def _advance(
@@ -169,11 +189,14 @@ class Driver:
         arrays = self._a2f.to_host(self._program.home, call.inputs)
         role, number = self._role_of[call.node.name], self._call_number(seq)
         said = {"stage": call.node.name, "batch": ticket, "call": number}
-        self._remotes[role].call(seq, said, arrays)
-        end, size = time.monotonic(), total_bytes(arrays)
-        self._program.clock.add(self._role, f"{SEND} to {role}", end - start, size)
-        if self._program.timeline is not None:
-            self._program.timeline.add(SEND, call.node.name, start, end, size, number)
+        copied_s, size = time.monotonic() - start, total_bytes(arrays)
+        for sent in self._remotes[role].call(seq, said, arrays):
+            begun_s = sent.start_s - (0 if sent.member else copied_s)
+            self._program.clock.add(self._role, f"{SEND} to {role}", sent.end_s - begun_s, size)
+            if self._program.timeline is not None:
+                self._program.timeline.add(
+                    SEND, call.node.name, begun_s, sent.end_s, size, number + 2 * sent.member
+                )
 
     def _finish(self, front: Link, ticket: int, result: BatchResult) -> None:
         said, arrays = result_parcel(result)

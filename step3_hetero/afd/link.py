@@ -11,7 +11,7 @@ from typing import Any
 
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.parcel import parcel, unpacked
-from step3_hetero.errors import EdgeMismatch
+from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import Channel, FrameLimits
 
@@ -20,8 +20,14 @@ BEATS_PER_DEADLINE = 4
 HEAD_BYTES = 4 << 20
 """Log-probabilities of a whole vocabulary, for a few rows, fit."""
 
+LENT = (Kind.CALL, Kind.ANSWER)
+"""Their arrays go to a device, which copies them, as soon as they are read: they are not copied
+before. Until then they hold up the peer, and are right for as long as they live."""
+
 SEND_DEADLINE_S = 30.0
 """A peer that computes reads nothing meanwhile, and sends signs of life from a thread."""
+
+BEAT = parcel(Kind.BEAT, 0, 0, {}, {})
 
 Said = dict[str, Any]
 
@@ -73,15 +79,37 @@ class Link:
         with self._sending:
             self.channel.send(frame, SEND_DEADLINE_S)
 
+    def beat(self) -> None:
+        """Send a sign of life, if that can be done at once.
+
+        Raises:
+            RoleLost: the peer is gone.
+        """
+        if not self._sending.acquire(blocking=False):
+            return  # a frame is under way, and the link full
+        try:
+            self.channel.send(BEAT, 0)
+        except TransportTimeout:  # the peer takes nothing now: whoever sends to it will know
+            pass
+        finally:
+            self._sending.release()
+
     def receive(self, deadline_s: float) -> Message:
         """Return the next message, signs of life included.
 
+        A peer that keeps no rules loses this link, and costs nobody else anything.
+
         Raises:
-            TransportTimeout, RoleLost, CorruptFrame, EdgeMismatch: as ``Channel.receive``.
+            TransportTimeout, CorruptFrame: as ``Channel.receive``.
+            RoleLost: the peer is gone, or its frame is none; the link is closed then.
         """
-        frame = self.channel.receive(deadline_s)
-        self.last_seen = time.monotonic()
-        said, arrays = unpacked(frame, self.name)
+        try:
+            frame = self.channel.receive(deadline_s)
+            self.last_seen = time.monotonic()
+            said, arrays = unpacked(frame, self.name, copy=frame.kind not in LENT)
+        except EdgeMismatch as broken:
+            self.close()
+            raise RoleLost(f"{self.name} is let go: {broken}") from broken
         return Message(frame.kind, frame.epoch, frame.seq, said, arrays)
 
     def wants(self, kind: Kind, deadline_s: float) -> Message:
@@ -122,7 +150,10 @@ class Link:
 
 
 class Heart:
-    """Sends signs of life on links from a thread of its own, also while kernels run."""
+    """Sends signs of life on links from a thread of its own, also while kernels run.
+
+    It never waits for a peer: one that takes nothing must not silence the beats to all others.
+    """
 
     def __init__(self, deadline_s: float) -> None:
         self._period_s = deadline_s / BEATS_PER_DEADLINE
@@ -144,8 +175,8 @@ class Heart:
         while not self._stopped.wait(self._period_s):
             for link in list(self._links):
                 try:
-                    link.send(Kind.BEAT)
-                except Exception:  # whoever reads the link is told
+                    link.beat()
+                except Step3HeteroError:  # whoever reads the link is told
                     self._links.remove(link)
 
 

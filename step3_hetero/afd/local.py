@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from step3_hetero.afd.contract import Contract, edge_contract, part_bytes
@@ -32,6 +32,7 @@ from step3_hetero.runtime.resolving import (
     checkpoint_folder,
     model_config,
     open_devices,
+    process_of,
     resolve,
     stage_devices,
 )
@@ -69,7 +70,7 @@ class Given:
 
 
 def slots(config: Config, placement: Placement) -> list[Member]:
-    """Return every instance of every role, and behind a role's instances its spares.
+    """Return every process of every role, and behind a role's own its spares.
 
     Raises:
         ConfigError: as ``members``.
@@ -78,8 +79,9 @@ def slots(config: Config, placement: Placement) -> list[Member]:
     for member in members(config, placement):
         found.append(member)
         role = config.roles[member.role]
-        if member.number == role.instances - 1:
-            numbers = range(role.instances, role.instances + role.spares)
+        processes = role.instances * role.tp
+        if member.number == processes - 1:
+            numbers = range(processes, processes + role.spares)
             found += [Member(member.role, n, member.leads) for n in numbers]
     return found
 
@@ -116,7 +118,7 @@ def executor(
 
     return ProcessExecutor(
         slots(config, placement),
-        {name: role.instances for name, role in config.roles.items()},
+        {name: role.instances * role.tp for name, role in config.roles.items()},
         Launchers(dict.fromkeys(standing, reach), launcher),
         connect,
         contract(resolved, ablate),
@@ -196,7 +198,7 @@ def serve_role(
         check_member(config, name, number)
         folder = checkpoint_folder(config)
         checkpoint = Checkpoint.open(folder, model_config(config))
-        resolved = _on_own_device(resolve(config, checkpoint.config), name, number)
+        resolved = resolve(config, checkpoint.config)
         source: TensorSource = checkpoint
         if ablate:
             source = Ablated(checkpoint, checkpoint.names(), ablate)
@@ -206,7 +208,11 @@ def serve_role(
         tell(address=listener.address)
     try:
         (stand if stands else serve)(
-            settings, listener, lambda: _load(resolved, name, source, tell), drain, tell
+            settings,
+            listener,
+            lambda: _load(process_of(resolved, name, number), name, source, tell),
+            drain,
+            tell,
         )
     finally:
         listener.close()
@@ -221,9 +227,9 @@ def check_member(config: Config, name: str, number: int) -> None:
     if name not in config.roles:
         raise config.error("roles", f"no role {name!r}; roles: {', '.join(config.roles)}")
     role = config.roles[name]
-    count = role.instances + role.spares
+    count = role.instances * role.tp + role.spares
     if not 0 <= number < count:
-        raise config.error(f"roles.{name}.instances", f"no instance {number} of {count}")
+        raise config.error(f"roles.{name}.instances", f"no process {number} of {count}")
 
 
 def _settings(
@@ -237,6 +243,7 @@ def _settings(
         leads=me.leads,
         graph=resolved.graph,
         role_of=placement.role_of,
+        set_of={role: plan.sharers for role, plan in placement.roles.items()},
         contract=contract(resolved, ablate),
         transport=get_transport(config.transport.kind),
         limits=frame_limits(resolved),
@@ -247,16 +254,6 @@ def _settings(
         key=shared_key(config),
         links=links_from(config, name),
     )
-
-
-def _on_own_device(resolved: Resolved, name: str, number: int) -> Resolved:
-    """Give an instance its own of the role's devices, where the config lists them."""
-    devices = resolved.config.roles[name].devices
-    if devices is None:
-        return resolved
-    roles = dict(resolved.placement.roles)
-    roles[name] = replace(roles[name], index=devices[number])
-    return replace(resolved, placement=replace(resolved.placement, roles=roles))
 
 
 def _load(resolved: Resolved, name: str, source: TensorSource, tell: Tell) -> Loaded:

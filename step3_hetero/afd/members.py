@@ -13,7 +13,7 @@ LED = {"ffn", "vision"}
 
 
 def members(config: Config, placement: Placement) -> list[Member]:
-    """Return every instance of every role.
+    """Return every process of every role: an instance is as many as the role's ``tp``.
 
     Raises:
         ConfigError: embedding, attention and head are spread over several roles.
@@ -29,7 +29,7 @@ def members(config: Config, placement: Placement) -> list[Member]:
     return [
         Member(name, number, name == leading)
         for name in placement.roles
-        for number in range(config.roles[name].instances)
+        for number in range(config.roles[name].instances * config.roles[name].tp)
     ]
 
 

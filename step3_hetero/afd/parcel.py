@@ -32,8 +32,13 @@ def parcel(
     return Frame(kind, epoch, seq, json.dumps(head).encode(), parts)
 
 
-def unpacked(frame: Frame, peer: str) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """Return the facts and the arrays of a frame; arrays are copies, free of the channel's buffer.
+def unpacked(
+    frame: Frame, peer: str, *, copy: bool = True
+) -> tuple[dict[str, Any], dict[str, HostArray]]:
+    """Return the facts and the arrays of a frame.
+
+    Without ``copy`` arrays lie in the channel's own buffer, read-only, and hold it up for as long
+    as they live: for who hands them to a device at once.
 
     Raises:
         EdgeMismatch: the head is no description of the parts.
@@ -44,7 +49,7 @@ def unpacked(frame: Frame, peer: str) -> tuple[dict[str, Any], dict[str, HostArr
         if len(listed) != len(frame.parts):
             raise ValueError(f"{len(listed)} arrays in {len(frame.parts)} parts")
         arrays = {
-            str(name): _array(dtype, shape, part)
+            str(name): _array(dtype, shape, part, copy)
             for (name, dtype, shape), part in zip(listed, frame.parts, strict=True)
         }
     except (ValueError, KeyError, TypeError, RecursionError) as cause:
@@ -52,7 +57,7 @@ def unpacked(frame: Frame, peer: str) -> tuple[dict[str, Any], dict[str, HostArr
     return said, arrays
 
 
-def _array(dtype: Any, shape: Any, part: Buffer) -> HostArray:
+def _array(dtype: Any, shape: Any, part: Buffer, copy: bool) -> HostArray:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
     sizes = [n for n in shape if type(n) is int and n >= 0]
@@ -62,7 +67,8 @@ def _array(dtype: Any, shape: Any, part: Buffer) -> HostArray:
     wanted, there = math.prod(sizes) * kind.itemsize, memoryview(part).nbytes
     if wanted != there:
         raise ValueError(f"{dtype} {sizes} takes {wanted} bytes, {there} came")
-    return np.frombuffer(part, np.uint8).copy().view(kind).reshape(sizes)
+    raw = np.frombuffer(part, np.uint8)
+    return (raw.copy() if copy else raw).view(kind).reshape(sizes)
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -48,6 +48,7 @@ class RoleProcessSettings:
     leads: bool
     graph: StageGraph
     role_of: Mapping[str, str]
+    set_of: Mapping[str, int]
     contract: Contract
     transport: Transport
     limits: FrameLimits
@@ -178,6 +179,9 @@ def _lead(
         asked_s = say_hello(link, settings.contract, settings.label)
         agreed = link.wants(Kind.AGREED, settings.deadline_s)
         take_agreed(link, agreed, settings.contract, settings.label, asked_s)
+        shares = settings.set_of[name.partition(":")[0]] > 1
+        if shares and (there := agreed.said.get("name")) != name:
+            raise EdgeMismatch(f"{address}: {there!r} listens there; expected {name!r}")
         heart.watch(link)
         return link
 
@@ -185,7 +189,8 @@ def _lead(
     program = Program(settings.graph, stages, StageClock(), timeline=timeline)
     elsewhere = sorted(set(settings.role_of.values()) - {settings.name})
     remotes = {
-        role: Remote(role, settings.number, connect, settings.deadline_s) for role in elsewhere
+        role: Remote(role, settings.number, connect, settings.deadline_s, settings.set_of[role])
+        for role in elsewhere
     }
     driver = Driver(
         program, caches, settings.role_of, remotes, settings.a2f, settings.f2a, settings.number

@@ -1,4 +1,7 @@
-"""A role without a cache, FFN or vision: runs one stage when called, and keeps nothing."""
+"""A role without a cache, FFN or vision: runs one stage when called, and keeps nothing.
+
+A member of a set holds a share of each FFN, and answers its partial sums.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Protocol
 
 from step3_hetero.afd.link import Link, Message, ready
 from step3_hetero.afd.messages import Kind, Said, number_of, rows_only, total_bytes
+from step3_hetero.afd.partials import own_experts
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
@@ -114,7 +118,7 @@ class Worker:
             link.send(Kind.FAILED, message.seq, {"why": str(error)})
             return
         loaded, outputs, said = run
-        said |= {"waited_s": waited_s, "sent_s": self._sent_s}
+        said |= {"waited_s": waited_s, "sent_s": self._sent_s, "call": call}
         if self._timeline is not None:
             said["spans"] = self._timeline.drain()
         start = time.monotonic()
@@ -136,7 +140,7 @@ class Worker:
             raise EdgeMismatch(f"asked for {name!r}; here: {', '.join(self._stages)}")
         device, takes = loaded.device, taken(loaded)
         rows = self._checked(loaded, message.arrays, takes)
-        inputs = self._a2f.to_device(device, message.arrays, takes)
+        inputs = self._a2f.to_device(device, own_experts(loaded.node, message.arrays), takes)
         if loaded.node.kind != "vision":
             loaded.stage.plan(rows_only(rows))
         start = time.monotonic()

@@ -109,11 +109,20 @@ def _print_roles(report: dict[str, Any]) -> None:
             human_bytes(r["weight_bytes"]),
             human_bytes(r["kv_bytes"]),
             human_bytes(r["memory_bytes"]),
+            _instances(r),
         )
         for r in report["roles"]
     ]
-    header = ("role", "backend", "device", "stages", "weights", "KV cache", "memory")
+    header = (
+        "role", "backend", "device", "stages", "weights", "KV cache", "memory", "instances"
+    )  # fmt: skip
     print_table(f"placement of {report['model']}", header, rows)
+
+
+def _instances(role: dict[str, Any]) -> str:
+    """Say how many instances there are, and in which sets and groups they share their stages."""
+    degrees = [f"{key} {role[key]}" for key in ("ep", "tp") if role.get(key, 1) > 1]
+    return ", ".join([str(role["instances"]), *degrees])
 
 
 def _print_crossing(report: dict[str, Any]) -> None:

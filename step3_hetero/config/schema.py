@@ -203,6 +203,10 @@ class Runtime(_Section):
     """Logical blocks of 128 tokens; auto fills the memory that the weights leave."""
     prefill_chunk: Count = 512
     """Tokens of a prompt in one step."""
+    prefix_reuse: bool = True
+    """Sequences that begin alike share the KV blocks of their beginning."""
+    max_waiting: Count = 4096
+    """Requests in the queue beyond which another one is refused."""
     fallback: Annotated[bool, _later(False)] = False
     shadow_backend: Name | None = None
     shadow_sample: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -221,8 +225,6 @@ class Transport(_Section):
 
 
 ROLE_READY: Mapping[str, tuple[object, ...]] = {
-    "tp": (1,),
-    "ep": (1,),
     "weights": ("auto", "fp32", "bf16", "int8"),
 }
 """What this build runs, of keys whose other values only a plan may hold."""
@@ -295,7 +297,7 @@ class Config(_Section):
         return config
 
     def unready(self) -> Iterator[Problem]:
-        """Yield each key whose value this build cannot run yet, with what it can."""
+        """Yield each key whose value this build cannot run, or not yet, with what it can."""
         sections: list[tuple[str, BaseModel, Mapping[str, tuple[object, ...]]]] = [
             (f"roles.{name}", role, EMULATED_READY if role.emulate else ROLE_READY)
             for name, role in self.roles.items()
@@ -308,6 +310,17 @@ class Config(_Section):
                     use = " or ".join(map(shown, values))
                     said = f"{prefix}.{key}: {shown(value)} is not available yet; use {use}"
                     yield Problem(place, said)
+        for name, role in self.roles.items():
+            if role.instances % role.ep:
+                place = self._document.place(("roles", name, "instances"))
+                message = f"roles.{name}.instances: {role.instances} is no multiple of ep"
+                yield Problem(place, f"{message}, which is {role.ep}")
+            shares = [key for key in ("tp", "ep") if getattr(role, key) > 1]
+            for degree in shares if any(s.kind != "ffn" for s in role.selectors) else ():
+                message = f"roles.{name}.{degree}: {getattr(role, degree)} is not available yet"
+                place = self._document.place(["roles", name, degree])
+                why = "with stages other than ffn; give those another role"
+                yield Problem(place, f"{message} {why}")
 
     def _conflicts(self) -> Iterator[Problem]:
         """Yield what is wrong between keys, or between a key and the disk."""
@@ -324,9 +337,10 @@ class Config(_Section):
                     place = self._document.place(("roles", name, "emulate", fault))
                     message = f"roles.{name}.emulate.{fault}: {every} refused: there are no frames"
                     yield Problem(place, f"{message} with runtime.processes: one; use per-role")
-            if self.runtime.processes == "one" and role.instances > 1:
-                place = self._document.place(("roles", name, "instances"))
-                message = f"roles.{name}.instances: {role.instances} refused; allowed: 1 with"
+            several = [key for key in ("instances", "tp") if getattr(role, key) > 1]
+            for many in several if self.runtime.processes == "one" else ():
+                place = self._document.place(("roles", name, many))
+                message = f"roles.{name}.{many}: {getattr(role, many)} refused; allowed: 1 with"
                 yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
             yield from standing_problems(self, name, self._document)
             ranks = role.instances * role.tp + role.spares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from step3_hetero.conformance.case import seeded
 from step3_hetero.conformance.draws import dtype_of, weight
 from step3_hetero.graph import StageGraph, build_graph
 from step3_hetero.model.config import ModelConfig, TextConfig, VisionConfig, step3
-from step3_hetero.specs import HostTensor
+from step3_hetero.specs import Cut, HostTensor
 
 STACK_BYTES = 3 << 29
 """Experts of a real-size stack, all three matrices in bfloat16, take at most this: 1.5 GiB."""
@@ -116,11 +116,11 @@ class Drawn:
                     self.shapes[name] = param.shapes[key]
                     self.stored[name] = stored if param.compressible else ""
 
-    def tensor(self, name: str) -> HostTensor:
+    def tensor(self, name: str, cuts: Sequence[Cut] = ()) -> HostTensor:
         """Return one weight, drawn when it is first asked for."""
         if name not in self._drawn:
             self._drawn[name] = self._draw(name)
-        return self._drawn[name]
+        return self._drawn[name].cut(cuts)
 
     def _draw(self, name: str) -> HostTensor:
         """Draw one weight; a norm's scale lies between one half and three halves."""

@@ -16,11 +16,13 @@ import numpy.typing as npt
 from step3_hetero.backend import (
     Array,
     BatchMeta,
+    Collective,
     Device,
     Event,
     Kernel,
     KVCache,
     Memory,
+    Rendezvous,
     Stage,
     Weights,
 )
@@ -130,7 +132,7 @@ class EmulatedDevice(Device):
         """See Device.copy_out."""
         return self.inner.copy_out(x, host)
 
-    def group(self, ranks: Sequence[int], rendezvous: str) -> Any:
+    def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
         """See Device.group."""
         return self.inner.group(ranks, rendezvous)
 

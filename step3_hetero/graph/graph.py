@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 from step3_hetero.errors import EdgeMismatch
-from step3_hetero.specs import OpSpec, StageSpec, TensorSpec
+from step3_hetero.specs import Cut, OpSpec, StageSpec, TensorSpec
 
 Shard = Literal["replicate", "columns", "rows", "experts"]
 """How tensor or expert parallelism splits a weight.
@@ -27,7 +27,8 @@ class Param:
     ``tensors`` maps the name the op knows a tensor by to the checkpoint's; ``spec`` is None for a
     plain array (norm scales), which is only cast. ``compressible`` weights follow the role's
     ``weights`` key; the others (router, lm_head, embeddings, vision) keep the activations' dtype,
-    as the published block-FP8 checkpoint keeps them.
+    as the published block-FP8 checkpoint keeps them. ``cuts`` say, by the op's name of a tensor,
+    what a shard holds of it; ``shapes`` are then those of the shard.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Param:
     spec: OpSpec | None = None
     shard: Shard = "replicate"
     compressible: bool = False
+    cuts: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -50,8 +52,19 @@ class Param:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """The experts of a layer that a shard holds: as many as its spec says from ``first`` on."""
+
+    first: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class GraphStage:
-    """One stage: its name (``attention[3]``), what it computes, what it holds, its ports."""
+    """One stage: its name (``attention[3]``), what it computes, what it holds, its ports.
+
+    ``share`` is None in a stage that holds all of its layer's experts, or has none.
+    """
 
     name: str
     layer: int | None
@@ -59,6 +72,7 @@ class GraphStage:
     params: tuple[Param, ...]
     takes: tuple[TensorSpec, ...]
     gives: tuple[TensorSpec, ...]
+    share: Share | None = None
 
     @property
     def kind(self) -> str:

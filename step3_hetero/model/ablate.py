@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from step3_hetero.errors import ConfigError
-from step3_hetero.specs import HostTensor, TensorSource
+from step3_hetero.specs import Cut, HostTensor, TensorSource
 
 PARTS = {
     "attention": r"self_attn\.o_proj\.weight",
@@ -29,9 +29,9 @@ class Ablated:
         if not any(map(self._zeroed.search, names)):
             raise ConfigError(f"cannot ablate {part!r}: the model has none")
 
-    def tensor(self, name: str) -> HostTensor:
+    def tensor(self, name: str, cuts: Sequence[Cut] = ()) -> HostTensor:
         """Return one weight, or zeros of its shape."""
-        tensor = self._source.tensor(name)
+        tensor = self._source.tensor(name, cuts)
         if not self._zeroed.search(name):
             return tensor
         return HostTensor(name, np.zeros(tensor.shape, np.float32))

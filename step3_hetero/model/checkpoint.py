@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,7 @@ from step3_hetero.model.config import ModelConfig
 from step3_hetero.model.layout import SCALE_SUFFIX, Shapes, canonical
 from step3_hetero.model.shards import Place, find_tensors
 from step3_hetero.model.summary import Summary, TensorFacts, summarise
-from step3_hetero.specs import HostArray, HostTensor
+from step3_hetero.specs import Cut, HostArray, HostTensor
 
 _CHUNK = 1 << 22
 _EXPONENT = {"float8_e4m3fn": 0x7F, "bfloat16": 0x7F80, "float32": 0x7F800000}
@@ -60,10 +60,11 @@ class Checkpoint:
         """Tell whether there is such a tensor."""
         return canonical(name) in self.shapes
 
-    def tensor(self, name: str, *, check: bool = True) -> HostTensor:
-        """Return one tensor as read-only views of the mapped file.
+    def tensor(self, name: str, cuts: Sequence[Cut] = (), *, check: bool = True) -> HostTensor:
+        """Return one tensor, or what ``cuts`` leave of it, as read-only views of the mapped file.
 
-        ``check`` reads it once to see that it is finite; without it no page is touched.
+        ``check`` reads it once to see that it is finite; without it no page is touched. What is
+        cut away is never read.
 
         Raises:
             CheckpointError: there is no such tensor, or it is not finite.
@@ -71,7 +72,7 @@ class Checkpoint:
         name = self._known(name)
         scale = self.places.get(name + SCALE_SUFFIX)
         view = self.places[name].view()
-        tensor = HostTensor(name, view, None if scale is None else scale.view())
+        tensor = HostTensor(name, view, None if scale is None else scale.view()).cut(cuts)
         if check:
             check_finite(tensor)
         return tensor

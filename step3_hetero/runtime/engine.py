@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from step3_hetero.errors import RequestError
+from step3_hetero.errors import RequestError, TransportTimeout
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.model.prompt import Prompt
 from step3_hetero.model.tokenizer import Detokeniser, Tokenizer
+from step3_hetero.runtime.deadlines import Deadlines
 from step3_hetero.runtime.executor import Executor
-from step3_hetero.runtime.lanes import Flight, Lanes
+from step3_hetero.runtime.instance import Flight
+from step3_hetero.runtime.lanes import Lanes
 from step3_hetero.runtime.microbatch import BatchResult
 from step3_hetero.runtime.placing import Placement
 from step3_hetero.runtime.prompting import Prompter
@@ -28,10 +30,15 @@ from step3_hetero.runtime.request import (
     Token,
 )
 from step3_hetero.runtime.sequence import SequenceState
+from step3_hetero.runtime.stats import EngineStats
 from step3_hetero.specs import LOGICAL_BLOCK
 
 Progress = Callable[[int, int], None]
 """Called after every step with (tokens done, tokens at most)."""
+
+PATIENCE_S = 60.0
+"""A deadline beyond this does not bound the wait for a micro-batch: executors have a bound of their
+own, which is not to be stretched."""
 
 
 class Engine:
@@ -46,12 +53,16 @@ class Engine:
         *,
         max_batch: int,
         prefill_chunk: int,
+        prefix_reuse: bool = False,
+        max_waiting: int | None = None,
     ) -> None:
         self.model = model
         self.executor = executor
         self.prompter = prompter
         self._placement = placement
-        self.lanes = Lanes(executor, max_batch, prefill_chunk)
+        self.lanes = Lanes(executor, max_batch, prefill_chunk, prefix_reuse)
+        self._max_waiting = max_waiting
+        self._deadlines = Deadlines()
         self._sequences: dict[int, SequenceState] = {}
         self._done: dict[int, Completion] = {}
         self._submitted = 0
@@ -89,7 +100,10 @@ class Engine:
         *,
         on_progress: Progress | None = None,
     ) -> list[Completion]:
-        """Answer many requests, batched; the answers come in the order of the requests."""
+        """Answer many requests, batched; the answers come in the order of the requests.
+
+        All are queued at once, however many wait: they are in memory already.
+        """
         built = [(self.prompter.build(r.prompt, r.images), r.params) for r in requests]
         for prompt, params in built:
             self._room(prompt, params)
@@ -103,7 +117,18 @@ class Engine:
         images: Sequence[ImageLike] = (),
         on_token: OnToken | None = None,
     ) -> int:
-        """Queue a request and return its number."""
+        """Queue a request and return its number.
+
+        Raises:
+            RequestError: the queue is full, or the prompt, an image or a parameter cannot be
+                served. Nothing is held then.
+        """
+        waiting = len(self.lanes.waiting)
+        if self._max_waiting is not None and waiting >= self._max_waiting:
+            raise RequestError(
+                f"the queue is full: {waiting} requests wait, runtime.max_waiting allows "
+                f"{self._max_waiting}; ask again once some are done, or raise it"
+            )
         params = params or SamplingParams()
         return self._queue(self.prompter.build(prompt, images), params, on_token)
 
@@ -170,6 +195,10 @@ class Engine:
         assert sequence.logits is not None
         return sequence.logits
 
+    def stats(self) -> EngineStats:
+        """Return what runs, waits and is held now, and what had to be done again."""
+        return self.lanes.stats()
+
     def close(self) -> None:
         """Release the executor."""
         self.executor.close()
@@ -205,7 +234,9 @@ class Engine:
             all_rows=all_rows,
         )
         self._sequences[sequence.id] = sequence
-        self.lanes.waiting.append(sequence)
+        self.lanes.add(sequence)
+        if params.deadline_s is not None:
+            self._deadlines.add(sequence.id, sequence.arrived + params.deadline_s)
         return sequence.id
 
     def _room(self, prompt: Prompt, params: SamplingParams) -> int:
@@ -242,21 +273,43 @@ class Engine:
 
     def _advance(self) -> None:
         """Keep every lane busy, wait for one micro-batch and file what it finished."""
+        self._end_late_ones()
         now = time.perf_counter()
         for flight in self.lanes.start(self.prompter.banned_id):
             for share in flight.shares:
                 share.sequence.started = share.sequence.started or now
-        landed = self.lanes.land()
+        landed = self._land()
         if landed is None:
             return
         flight, result = landed
-        if result is None:
-            return
-        told = self._distribute(flight, result)
+        told = [] if result is None else self._distribute(flight, result)
+        self.lanes.settle(flight)
         for share in flight.shares:
             if share.sequence.finished and share.sequence.id in self._sequences:
                 self._finish(share.sequence)
         self._tell(told)
+
+    def _land(self) -> tuple[Flight, BatchResult | None] | None:
+        """Wait for a micro-batch, or until the next request's deadline if that is sooner."""
+        until = self._deadlines.next()
+        left = None if until is None else max(0.0, until - time.perf_counter())
+        if left is None or left > PATIENCE_S:
+            return self.lanes.land()
+        try:
+            return self.lanes.land(left)
+        except TransportTimeout:
+            if not self._end_late_ones():
+                raise
+            return None
+
+    def _end_late_ones(self) -> bool:
+        """End the requests whose deadlines have passed; say whether there were any."""
+        late = self._deadlines.passed(time.perf_counter()) if len(self._deadlines) else []
+        for number in late:
+            sequence = self._sequences[number]
+            sequence.finish("deadline")
+            self._finish(sequence)
+        return bool(late)
 
     def _distribute(self, flight: Flight, result: BatchResult) -> list[tuple[SequenceState, Token]]:
         """Give each sequence its chosen token, or its logits; return what is to be told."""
@@ -265,7 +318,7 @@ class Engine:
             sequence, completes = share.sequence, share.completes
             start, sequence.computed = sequence.computed, sequence.computed + share.count
             rows, row = row, row + share.rows(completes)
-            if sequence.finished:  # cancelled while this was under way
+            if sequence.finished:  # cancelled, or late, while this was under way
                 continue
             if sequence.all_rows:
                 assert result.logits is not None
@@ -298,9 +351,8 @@ class Engine:
             raise failed
 
     def _finish(self, sequence: SequenceState) -> Completion:
-        instance = self.lanes.release(sequence)
-        for image in range(len(sequence.prompt.images)):
-            self.executor.forget_image(sequence.image_key(image), instance)
+        self.lanes.release(sequence)
+        self._deadlines.drop(sequence.id)
         self._sequences.pop(sequence.id, None)
         completion = self._done[sequence.id] = sequence.completion()
         return completion

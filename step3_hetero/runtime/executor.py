@@ -76,7 +76,19 @@ class Executor(ABC):
 
     @abstractmethod
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], instance: int = 0) -> None:
-        """Copy logical KV blocks, (source, target), in every layer of one instance."""
+        """Copy logical KV blocks, (source, target), in every layer of one instance.
+
+        Before any micro-batch that is submitted later; sources are not being written to.
+        """
+
+    def cache_epoch(self, instance: int = 0) -> int | None:
+        """Return a number that changes whenever an instance's cache has begun anew.
+
+        It changes within ``collect`` only, once the loss is known there. An instance that dies
+        with nothing under way is seen by this alone: what its cache held would be taken for what
+        the new one holds. None: this executor cannot tell, and no prefix is kept for it.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:

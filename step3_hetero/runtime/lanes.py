@@ -3,69 +3,41 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
 
-from step3_hetero.runtime.blocks import BlockAllocator, blocks_for
+from step3_hetero.runtime.blocks import blocks_for
 from step3_hetero.runtime.executor import Executor
-from step3_hetero.runtime.microbatch import BatchResult, MicroBatch, Ticket
-from step3_hetero.runtime.scheduler import Scheduler, Share, assemble
+from step3_hetero.runtime.instance import Flight, Instance, Lane, queue
+from step3_hetero.runtime.microbatch import BatchResult
+from step3_hetero.runtime.scheduler import Scheduler, assemble
 from step3_hetero.runtime.sequence import SequenceState
+from step3_hetero.runtime.stats import EngineStats
 
-
-@dataclass(frozen=True, eq=False)
-class Flight:
-    """A micro-batch under way, and whose tokens are in it."""
-
-    ticket: Ticket
-    shares: Sequence[Share]
-    batch: MicroBatch
-
-
-@dataclass(eq=False)
-class Lane:
-    """One of the micro-batches that an instance may have under way.
-
-    A sequence that ends while its lane is in flight keeps its blocks until the lane has landed:
-    the stages still write to them.
-    """
-
-    instance: int
-    scheduler: Scheduler
-    flight: Flight | None = None
-    ending: list[SequenceState] = field(default_factory=list)
-
-    def release(self, sequence: SequenceState) -> None:
-        """Free what a sequence holds, now or once the lane has landed."""
-        if self.flight is not None:
-            self.ending.append(sequence)
-        else:
-            self.scheduler.release(sequence)
-
-    def land(self) -> Flight:
-        """Take the lane's flight out of the air and free what waited for it."""
-        flight, self.flight = self.flight, None
-        assert flight is not None
-        ending, self.ending = self.ending, []
-        for sequence in ending:
-            self.scheduler.release(sequence)
-        return flight
+LEAN = 8
+"""So many sequences more than the emptiest lane may a lane have that is chosen for a prefix."""
 
 
 class Lanes:
-    """All lanes of an executor, and the sequences that wait for one.
+    """All lanes of an executor, by attention instance, and the sequences that wait for one.
 
-    Of the lanes with room the one with the fewest sequences takes the next; nobody is overtaken.
+    The next sequence goes to the emptiest lane, of the instance that holds most of its beginning
+    unless that one is far fuller than others. Nobody is overtaken in the queue.
     """
 
-    def __init__(self, executor: Executor, max_batch: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, executor: Executor, max_batch: int, prefill_chunk: int, prefix_reuse: bool
+    ) -> None:
         self.executor = executor
         self.waiting: deque[SequenceState] = deque()
-        self.allocators = [BlockAllocator(executor.kv_blocks) for _ in range(executor.instances)]
         self.lanes = [
-            Lane(number, Scheduler(max_batch, prefill_chunk, allocator))
+            Lane(number, Scheduler(max_batch, prefill_chunk))
             for _ in range(executor.microbatches)
-            for number, allocator in enumerate(self.allocators)
+            for number in range(executor.instances)
+        ]
+        self.instances = [
+            Instance(n, executor, self.lanes[n :: executor.instances], self.waiting, prefix_reuse)
+            for n in range(executor.instances)
         ]
 
     def fits(self, tokens: int) -> bool:
@@ -74,48 +46,90 @@ class Lanes:
 
     @property
     def free_blocks(self) -> int:
-        """Return the free blocks of all instances together."""
-        return sum(allocator.free for allocator in self.allocators)
+        """Return the blocks that no sequence holds, of all instances together."""
+        return sum(instance.pool.available for instance in self.instances)
+
+    def stats(self) -> EngineStats:
+        """Return counts of what runs, waits and is held."""
+        pools = [instance.pool for instance in self.instances]
+        return EngineStats(
+            running=sum(len(lane.scheduler.running) for lane in self.lanes),
+            waiting=len(self.waiting),
+            blocks=sum(pool.blocks for pool in pools),
+            free_blocks=sum(pool.free for pool in pools),
+            cached_blocks=sum(pool.cached for pool in pools),
+            preemptions=sum(instance.preemptions for instance in self.instances),
+            prefix_tokens_reused=sum(instance.reused_tokens for instance in self.instances),
+        )
+
+    def add(self, sequence: SequenceState) -> None:
+        """Have a sequence wait for its turn."""
+        queue(self.waiting, sequence)
 
     def start(self, banned: int) -> Iterator[Flight]:
         """Admit who waits and submit a micro-batch on every lane that has one to run."""
+        for instance in self.instances:
+            instance.notice_loss()
         self._admit()
         for lane in self.lanes:
-            shares = [] if lane.flight is not None else lane.scheduler.next_shares()
+            instance = self.instances[lane.instance]
+            shares = [] if lane.flight is not None else lane.scheduler.next_shares(instance.grow)
             if shares:
                 batch = assemble(shares, banned)
                 ticket = self.executor.submit(batch, lane.instance)
-                lane.flight = Flight(ticket, shares, batch)
+                lane.flight = Flight(ticket, shares, batch, lane, instance.epoch)
+                for share in shares:
+                    share.sequence.under_way = True
                 yield lane.flight
 
     def land(self, deadline_s: float | None = None) -> tuple[Flight, BatchResult | None] | None:
-        """Wait for one micro-batch; None when none is under way.
+        """Wait for one micro-batch; None when none is under way. ``settle`` has to follow.
 
         A result of None: its instance was lost, and its sequences begin again.
+
+        Raises:
+            TransportTimeout, RoleLost: see `Executor.collect`.
         """
-        if all(lane.flight is None for lane in self.lanes):
+        flights = [lane.flight for lane in self.lanes if lane.flight is not None]
+        if not flights:
+            assert not self.waiting, "whoever waits fits into an empty cache"
             return None
         landed = self.executor.collect(deadline_s)
-        lane = next(
-            x for x in self.lanes if x.flight is not None and x.flight.ticket == landed.ticket
-        )
-        if landed.result is None:
-            for sequence in lane.scheduler.running:
-                sequence.restart()
-        return lane.land(), landed.result
+        flight = next(x for x in flights if x.ticket == landed.ticket)
+        instance = self.instances[flight.lane.instance]
+        instance.notice_loss()
+        if landed.result is None and flight.epoch == instance.epoch:
+            instance.lose()
+        return flight, landed.result
 
-    def release(self, sequence: SequenceState) -> int:
-        """Take a sequence out wherever it is; return the instance that it was on."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-            return 0
-        lane = next(x for x in self.lanes if sequence in x.scheduler.running)
-        lane.release(sequence)
-        return lane.instance
+    def settle(self, flight: Flight) -> None:
+        """Free what waited for a flight, once its result is filed."""
+        self.instances[flight.lane.instance].settle(flight)
+
+    def release(self, sequence: SequenceState) -> None:
+        """Take a finished sequence out wherever it is."""
+        if not any(instance.leave(sequence) for instance in self.instances):
+            with suppress(ValueError):  # it has left with the flight that finished it
+                self.waiting.remove(sequence)
 
     def _admit(self) -> None:
-        while self.waiting:
-            emptiest = sorted(self.lanes, key=lambda lane: len(lane.scheduler.running))
-            if not any(lane.scheduler.admit(self.waiting[0]) for lane in emptiest):
-                return
+        while self.waiting and self._place(self.waiting[0]):
             self.waiting.popleft()
+
+    def _place(self, sequence: SequenceState) -> bool:
+        """Find a lane for a sequence; say whether there was one."""
+        options = [(x, lane) for x in self.instances if (lane := x.emptiest) is not None]
+        if not options:
+            return False
+        found = {instance.number: instance.found(sequence) for instance, _ in options}
+        least = min(len(lane.scheduler.running) for _, lane in options)
+
+        def preferred(option: tuple[Instance, Lane]) -> tuple[int, int, int]:
+            instance, load = option[0], len(option[1].scheduler.running)
+            near = len(found[instance.number]) if load <= least + LEAN else 0
+            return -near, load, instance.running
+
+        return any(
+            instance.admit(sequence, lane, found[instance.number])
+            for instance, lane in sorted(options, key=preferred)
+        )

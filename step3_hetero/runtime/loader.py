@@ -62,7 +62,9 @@ def stage_weights(
 def _prepare(
     device: Device, node: GraphStage, param: Param, source: TensorSource, weight_format: str
 ) -> Weights | Any:
-    tensors = {key: source.tensor(name) for key, name in param.tensors.items()}
+    tensors = {
+        key: source.tensor(name, param.cuts.get(key, ())) for key, name in param.tensors.items()
+    }
     if param.spec is None:
         return device.from_host(tensors["value"].data, node.spec.dtype)
     held = weight_format if param.compressible else "auto"

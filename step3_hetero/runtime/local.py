@@ -59,6 +59,10 @@ class LocalExecutor(Executor):
         for cache in self._caches:
             cache.copy_blocks(pairs)
 
+    def cache_epoch(self, instance: int = 0) -> int:
+        """Return 0: a cache of this process is lost with the engine only."""
+        return 0
+
     def close(self) -> None:
         """Forget results and images; devices go with the last reference."""
         self._landed.clear()

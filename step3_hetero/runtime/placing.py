@@ -15,6 +15,7 @@ from step3_hetero.emulate.asked import emulated_card
 from step3_hetero.emulate.card import EmulatedCard
 from step3_hetero.errors import PlacementError, UnsupportedOp
 from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
+from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
@@ -70,7 +71,11 @@ class Requantised:
 
 @dataclass(frozen=True, slots=True)
 class RolePlan:
-    """One role: where it runs and what it holds. ``weight_bytes`` are at ``weight_format``."""
+    """One role: where it runs and what it holds.
+
+    ``weight_bytes`` are those of one process at ``weight_format``; where several share a stage,
+    those of the one with the most.
+    """
 
     name: str
     backend: Backend
@@ -83,6 +88,14 @@ class RolePlan:
     kv_bytes_per_block: int
     requantised: Requantised | None = None
     emulated: EmulatedCard | None = None
+    instances: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    @property
+    def sharers(self) -> int:
+        """Return how many processes share each stage: a set of ``ep`` instances of ``tp``."""
+        return self.ep * self.tp
 
     @property
     def memory_domain(self) -> str:
@@ -130,6 +143,9 @@ class Placement:
                     "device": r.device_name,
                     "emulated": r.emulated.asked.model_dump() if r.emulated else None,
                     "stages": stage_ranges(r.stages),
+                    "instances": r.instances,
+                    "ep": r.ep,
+                    "tp": r.tp,
                     "weights": r.weight_format,
                     "weight_bytes": r.weight_bytes,
                     "requantised": r.requantised.to_json() if r.requantised else None,
@@ -199,6 +215,12 @@ def _role_plan(
     weight_format = DTYPE.get(role.weights, role.weights)
     card = emulated_card(config, name, backend)
     info = card.info(backend.reference_info(None)) if card else backend.reference_info(role.card)
+    try:
+        for stage in stages:
+            process_stage(stage, model, role.ep * role.tp - 1, role.ep, role.tp)
+        stages = [process_stage(s, model, 0, role.ep, role.tp) for s in stages]
+    except PlacementError as cause:
+        raise config.error(f"roles.{name}.{'ep' if role.ep > 1 else 'tp'}", str(cause)) from cause
     plan = RolePlan(
         name,
         backend,
@@ -211,6 +233,9 @@ def _role_plan(
         sum(_block_bytes(s) for s in stages),
         _requantised(stages, model, info, weight_format),
         card,
+        role.instances,
+        role.ep,
+        role.tp,
     )
     check_supported(config, plan, stages)
     return plan

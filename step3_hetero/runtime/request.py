@@ -14,9 +14,11 @@ from step3_hetero.runtime.microbatch import RowLogprobs
 
 PromptLike = str | Sequence[int]
 ImageLike = str | Path | bytes | Image.Image
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 MAX_LOGPROBS = 1000
+LONGEST_S = 31_622_400
+"""A year, as the longest deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class SamplingParams:
 
     ``stop`` ends the answer before the first of these strings, ``ignore_eos`` keeps going at the
     model's own end. ``logprobs`` asks for the log-probability of each token and of as many
-    alternatives.
+    alternatives. ``deadline_s`` is for the whole request, counted from its submission: one that is
+    not done by then ends with what it has, for the reason ``deadline``.
     """
 
     max_tokens: int = 64
@@ -36,6 +39,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -46,6 +50,9 @@ class SamplingParams:
         whole = (type(self.logprobs) is int and 0 <= self.logprobs <= MAX_LOGPROBS) or (
             self.logprobs is None
         )
+        in_time = self.deadline_s is None or (
+            _within(self.deadline_s, 0, LONGEST_S) and self.deadline_s > 0
+        )
         texts = type(self.stop) is tuple and all(type(s) is str and s for s in self.stop)
         checks: dict[str, tuple[bool, str]] = {
             "max_tokens": (_whole(self.max_tokens, 1, 2**31), "a whole number, at least 1"),
@@ -55,6 +62,7 @@ class SamplingParams:
             "seed": (_whole(self.seed, 0, 2**64), "a whole number, 0 to 2**64 - 1"),
             "stop": (texts, "a tuple of strings that are not empty"),
             "logprobs": (whole, f"a whole number, 0 to {MAX_LOGPROBS}, or None"),
+            "deadline_s": (in_time, f"seconds, over 0, at most {LONGEST_S:,}, or None"),
         }
         for name, (fits, allowed) in checks.items():
             if not fits:

@@ -13,6 +13,7 @@ from step3_hetero.config import Config
 from step3_hetero.emulate.device import EmulatedDevice
 from step3_hetero.errors import BackendNotFound, ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.graph import StageGraph, build_graph
+from step3_hetero.graph.sharding import process_stage
 from step3_hetero.model.config import FAMILIES, ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.edges import check_edges
@@ -25,6 +26,7 @@ from step3_hetero.runtime.placing import (
     check_supported,
     place,
 )
+from step3_hetero.runtime.sums import check_sums
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def resolve(config: Config, model: ModelConfig | None = None) -> Resolved:
     _check_backends(config)
     _check_shadow(config, graph)
     placement = place(config, model, graph)
+    check_sums(config, placement)
     check_edges(config, placement)
     return Resolved(config, model, graph, placement)
 
@@ -153,6 +156,25 @@ def model_config(config: Config) -> ModelConfig:
             )
         return FAMILIES[config.model]()
     return ModelConfig.read(config.model_path)
+
+
+def process_of(resolved: Resolved, name: str, number: int) -> Resolved:
+    """Return a config as one process of a role sees it: its share of the stages, its own device.
+
+    Of devices that are not named, processes take those there are from 0 on, in turn.
+    """
+    role, planned = resolved.config.roles[name], resolved.placement.roles[name]
+    role_of, model = resolved.placement.role_of, resolved.model
+    stages = tuple(
+        process_stage(s, model, number, role.ep, role.tp) if role_of[s.name] == name else s
+        for s in resolved.graph.stages
+    )
+    there = role.devices or range(max(1, len(planned.backend.devices())))
+    mine = replace(planned, index=there[number % len(there)])
+    graph = replace(resolved.graph, stages=stages)
+    roles = {**resolved.placement.roles, name: mine}
+    placement = replace(resolved.placement, graph=graph, roles=roles)
+    return replace(resolved, graph=graph, placement=placement)
 
 
 def stage_devices(

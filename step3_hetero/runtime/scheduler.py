@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
 from step3_hetero.backend import BatchMeta
-from step3_hetero.runtime.blocks import BlockAllocator, blocks_for
+from step3_hetero.runtime.blocks import blocks_for
 from step3_hetero.runtime.draws import uniform
 from step3_hetero.runtime.microbatch import Choice, ImagePart, MicroBatch
 from step3_hetero.runtime.sequence import SequenceState
 from step3_hetero.specs import LOGICAL_BLOCK
+
+Grow = Callable[[SequenceState], bool]
+"""Gives a sequence its next block; False: there is none for it now."""
+
+_age = attrgetter("id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +40,43 @@ class Share:
 
 
 class Scheduler:
-    """What runs on one lane, and its next step. First come, first served.
+    """What runs on one lane, oldest first, and its next step.
 
-    Every running sequence that decodes gets its token in every step; what is left of the prompt
-    budget goes to prompts in their order of arrival. Lanes of one instance share an allocator.
+    Every running sequence that decodes gets its token in every step; the prompt budget goes to
+    prompts in their order of arrival. Neither waits for the other.
     """
 
-    def __init__(self, max_batch: int, prefill_chunk: int, allocator: BlockAllocator) -> None:
+    def __init__(self, max_batch: int, prefill_chunk: int) -> None:
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
-        self.allocator = allocator
         self.running: list[SequenceState] = []
 
-    def admit(self, sequence: SequenceState) -> bool:
-        """Take a sequence in if there is room for it and blocks for its whole answer."""
-        if len(self.running) >= self.max_batch:
-            return False
-        blocks = self.allocator.take(blocks_for(sequence.prompt_tokens + sequence.max_new))
-        if blocks is None:
-            return False
-        sequence.blocks, sequence.table = blocks, np.array(blocks, np.int32)
-        self.running.append(sequence)
-        return True
+    @property
+    def is_full(self) -> bool:
+        """Say whether another sequence would be one too many."""
+        return len(self.running) >= self.max_batch
 
-    def next_shares(self) -> list[Share]:
-        """Return the tokens of the next step."""
-        decoding = [Share(s, 1) for s in self.running if s.decoding]
+    def add(self, sequence: SequenceState) -> None:
+        """Take a sequence in, in its place by age."""
+        insort(self.running, sequence, key=_age)
+
+    def remove(self, sequence: SequenceState) -> None:
+        """Take a sequence out."""
+        self.running.remove(sequence)
+
+    def next_shares(self, grow: Grow) -> list[Share]:
+        """Return the tokens of the next step.
+
+        ``grow`` is asked for a block for each sequence that has filled its own; it may take others
+        out, younger ones. One that gets none sits out this step.
+        """
+        decoding = []
+        for sequence in [s for s in self.running if s.decoding]:
+            if sequence.is_full and not (sequence.blocks and grow(sequence)):
+                continue  # without blocks it has just been taken out
+            decoding.append(Share(sequence, 1))
+        if len(decoding) == len(self.running):
+            return decoding
         return decoding + self._prompt_shares()
 
     def _prompt_shares(self) -> list[Share]:
@@ -69,12 +87,6 @@ class Scheduler:
                 shares.append(Share(sequence, count))
                 budget -= count
         return shares
-
-    def release(self, sequence: SequenceState) -> None:
-        """Take a sequence out and free its blocks."""
-        self.running.remove(sequence)
-        self.allocator.give_back(sequence.blocks)
-        sequence.blocks = []
 
 
 def assemble(shares: Sequence[Share], banned: int) -> MicroBatch:

@@ -13,6 +13,7 @@ from step3_hetero.backend import Int32
 from step3_hetero.model.image import ImageViews
 from step3_hetero.model.prompt import Prompt
 from step3_hetero.model.tokenizer import Detokeniser
+from step3_hetero.runtime.blocks import BlockKey, blocks_for
 from step3_hetero.runtime.microbatch import Float32, ImagePart, RowLogprobs
 from step3_hetero.runtime.request import (
     Completion,
@@ -21,11 +22,17 @@ from step3_hetero.runtime.request import (
     SamplingParams,
     Token,
 )
+from step3_hetero.specs import LOGICAL_BLOCK
 
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """``computed`` counts the tokens whose keys are cached; the rest are yet to run."""
+    """``computed`` counts the tokens whose keys are cached; the rest are yet to run.
+
+    ``offered`` of its blocks are known by what they hold, ``keys``; ``digests`` are those of its
+    images' pixels. ``sent`` are the images that its executor has. ``under_way``: a micro-batch in
+    flight has tokens of it.
+    """
 
     id: int
     prompt: Prompt
@@ -39,6 +46,11 @@ class SequenceState:
     blocks: list[int] = field(default_factory=list)
     table: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     computed: int = 0
+    offered: int = 0
+    under_way: bool = False
+    keys: list[BlockKey] = field(default_factory=list)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    sent: set[int] = field(default_factory=set)
     logprobs: list[RowLogprobs] = field(default_factory=list)
     logits: npt.NDArray[Any] | None = None
     text: str = ""
@@ -62,16 +74,26 @@ class SequenceState:
         return self.tokens[self.prompt_tokens :]
 
     @property
+    def most_blocks(self) -> int:
+        """Return how many blocks prompt and whole answer take."""
+        return blocks_for(self.prompt_tokens + self.max_new)
+
+    @property
+    def is_full(self) -> bool:
+        """Say whether there is no room in its blocks for the next token."""
+        return self.computed >= len(self.blocks) * LOGICAL_BLOCK
+
+    @property
     def decoding(self) -> bool:
         """Say whether all but the newest token is computed: one at a time remains."""
         return self.computed >= max(self.prompt_tokens, len(self.tokens) - 1)
 
     def restart(self) -> None:
-        """Begin again from the tokens there are: what was cached of them is lost.
+        """Begin again from the tokens there are: what was cached of them is lost or given up.
 
         Draws depend on positions alone, so that the tokens to come are the same.
         """
-        self.computed = 0
+        self.computed = self.offered = 0
         self.logits = None
 
     def image_key(self, image: int) -> int:
@@ -79,7 +101,10 @@ class SequenceState:
         return self.id << 16 | image
 
     def image_parts(self, start: int, stop: int, base: int) -> list[ImagePart]:
-        """Return the image rows that fall on tokens start..stop, which are batch rows from base."""
+        """Return the image rows that fall on tokens start..stop, which are batch rows from base.
+
+        An image's pixels come with the first part that is asked for, wherever in it that begins.
+        """
         parts = []
         for number, image in enumerate(self.prompt.images):
             places = np.asarray(image.positions, np.int32)
@@ -87,7 +112,8 @@ class SequenceState:
             if first == last:
                 continue
             index = places[first:last] - np.int32(start - base)
-            pixels = channels_last(image.views) if first == 0 else None
+            pixels = None if number in self.sent else channels_last(image.views)
+            self.sent.add(number)
             parts.append(ImagePart(self.image_key(number), int(first), int(last), index, pixels))
         return parts
 

@@ -1,1 +1,1 @@
-"""Where edges between processes will live; with one process nothing here is needed yet."""
+"""What carries frames between two processes, with deadlines, whatever the other side does."""

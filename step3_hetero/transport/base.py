@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from step3_hetero.errors import Step3HeteroError
+from step3_hetero.errors import ConfigError, Step3HeteroError
 
 Buffer = bytes | bytearray | memoryview
 """Contiguous bytes; a NumPy array gives them with ``memoryview(x).cast("B")``."""
@@ -40,8 +41,12 @@ class Frame:
     """One message: what kind it is, which one, a short head, and bulk bytes beside it.
 
     ``kind`` fits 16 bits, ``epoch`` 32, ``seq`` 64: whoever waits for an answer knows by them which
-    one it is, and drops what came twice. ``parts`` of a received frame are valid until the next
-    ``receive`` on its channel: they may lie in a buffer that is used again.
+    one it is, and drops what came twice.
+
+    ``parts`` of a received frame are lent, for they may lie in a buffer that is used again: they
+    are valid until the next ``receive`` on its channel, which releases them. Memory from which an
+    array has been made (``np.frombuffer``) stays as it is for as long as that array lives, and
+    holds up the channel's buffer meanwhile: copy what is kept for long.
     """
 
     kind: int
@@ -58,6 +63,21 @@ class Capabilities:
     between_hosts: bool
     copies: int
     authenticates: bool
+    encrypts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """This side's certificate chain and private key, and who may have signed the peer's; PEM.
+
+    With ``ca`` both sides have to show a certificate that it signed. Names in it are not compared:
+    roles move from address to address. Without it the key's proof, bound to the listener's
+    certificate, tells who the peer is, so that there has to be a key.
+    """
+
+    cert: Path
+    key: Path
+    ca: Path | None = None
 
 
 class Channel(ABC):
@@ -74,7 +94,8 @@ class Channel(ABC):
         """Send a frame; its buffers may be used again afterwards.
 
         Raises:
-            TransportTimeout: the peer took nothing for ``deadline_s`` seconds.
+            TransportTimeout: the peer took nothing for ``deadline_s`` seconds, 0 included; if a
+                part of the frame was gone by then the channel is closed.
             RoleLost: the peer is gone.
             EdgeMismatch: the frame is larger than was agreed.
         """
@@ -85,7 +106,8 @@ class Channel(ABC):
 
         Raises:
             TransportTimeout: none came within ``deadline_s`` seconds.
-            RoleLost: the peer is gone, and all it had sent has been received.
+            RoleLost: the peer is gone, and all it had sent has been received; or it stalled within
+                a frame, and the channel is closed.
             CorruptFrame: the frame's checksum does not fit; the channel can go on.
             EdgeMismatch: the bytes are no frame, or one larger than agreed; the channel is closed.
         """
@@ -127,6 +149,16 @@ class Transport(ABC):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+
+    def secured(self, tls: TlsFiles) -> Transport:
+        """Return this transport under TLS.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        raise ConfigError(
+            f"transport {self.name!r} has no TLS: leave out transport.tls_*, or use tcp"
+        )
 
     @abstractmethod
     def listen(self, address: str, limits: FrameLimits, key: bytes | None = None) -> Listener:

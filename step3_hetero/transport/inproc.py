@@ -69,7 +69,7 @@ class InprocChannel(Channel):
 
     def send(self, frame: Frame, deadline_s: float) -> None:
         """See Channel.send."""
-        header_of(frame, self._limits, summed=False)
+        header_of(frame, self._limits)
         parts = [bytes(part) for part in frame.parts]
         self._out.put(Frame(frame.kind, frame.epoch, frame.seq, bytes(frame.head), parts))
 

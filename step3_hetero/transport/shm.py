@@ -1,14 +1,14 @@
 """Frames through shared memory on one machine: payloads in a ring, headers over a socket.
 
 The memory has no name: each side makes its own with memfd_create and hands the descriptor over the
-unix socket, so that nothing is left behind when a process is killed. The headers ring the doorbell;
-payloads carry no checksum, for no wire lies between two processes of one machine.
+unix socket, so that nothing is left behind when a process is killed. It is sealed: its maker cannot
+cut it short, and its reader cannot write it. A header is one message of the socket, and so the
+doorbell; payloads carry no checksum, for no wire lies between two processes of one machine.
 """
 
 from __future__ import annotations
 
 import array
-import mmap
 import os
 import secrets
 import select
@@ -28,175 +28,166 @@ from step3_hetero.transport.base import (
     Transport,
 )
 from step3_hetero.transport.framing import (
+    ALIGNMENT,
     FIXED,
+    LENGTH_BYTES,
+    SUM,
     Header,
-    flat,
+    aligned,
     header_of,
     packed,
     rest_bytes,
     unpacked,
 )
+from step3_hetero.transport.lending import Lent
+from step3_hetero.transport.listening import SocketListener
+from step3_hetero.transport.ring import Memory, Ring
 from step3_hetero.transport.sockets import (
     HANDSHAKE_S,
-    SocketListener,
+    NO_SIGNAL,
+    Patience,
+    Stream,
     connected,
-    read_bytes,
-    wait_readable,
-    write,
+    shake_hands,
 )
 
-STALL_S = 10.0
-"""How long a peer may pause within a header that it has begun."""
-
-CONTROL_BYTES = 4096
-"""A page before the ring: how far its reader has come, as a count of bytes."""
-
-ALIGNMENT = 64
-COUNT = struct.Struct("=Q")
 PLACE = struct.Struct("!QQ")
 """Where in the ring the payload begins, and the count of bytes once it is read."""
 
-POLL_S = 50e-6
-"""How often a sender looks whether a full ring has room again."""
+INLINE_BYTES = 8192
+"""A head up to this size travels in the bell; a larger one lies in the ring before the parts."""
+
+MOST_PARTS = 4096
+"""So that a bell stays under what a unix socket takes as one message."""
+
+FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
+"""How often a sender looks whether a full ring has room again: more and more seldom."""
 
 PEER_CREDENTIALS = struct.Struct("iII")
 
 
-class Ring:
-    """Memory that one side writes and the other reads. It is touched only as far as it is used:
-    while everything has been read, the next payload begins at the start again."""
-
-    def __init__(self, fd: int, capacity: int) -> None:
-        self.capacity = capacity
-        self.memory = mmap.mmap(fd, CONTROL_BYTES + capacity)
-        self._view = memoryview(self.memory)
-        self._unread: deque[tuple[int, int]] = deque()
-        self._cursor = 0
-        self._written = 0
-
-    def reserve(self, nbytes: int) -> tuple[int, int] | None:
-        """Return (place, count once read) for a payload, or None while there is no room."""
-        (read,) = COUNT.unpack_from(self._view)
-        while self._unread and self._unread[0][1] <= read:
-            self._unread.popleft()
-        size = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
-        place = self._gap(size)
-        if place is None:
-            return None
-        self._written += size
-        self._cursor = place + size
-        self._unread.append((place, self._written))
-        return place, self._written
-
-    def _gap(self, nbytes: int) -> int | None:
-        if not self._unread:
-            return 0
-        oldest = self._unread[0][0]
-        if self._cursor > oldest:
-            if self._cursor + nbytes <= self.capacity:
-                return self._cursor
-            return 0 if nbytes < oldest else None
-        return self._cursor if self._cursor + nbytes < oldest else None
-
-    def part(self, place: int, nbytes: int) -> memoryview:
-        """Return the memory of one payload."""
-        start = CONTROL_BYTES + place
-        return self._view[start : start + nbytes]
-
-    def was_read(self, count: int) -> None:
-        """Tell the writer how far the reader has come."""
-        COUNT.pack_into(self._view, 0, count)
-
-    def close(self) -> None:
-        """Unmap; what frames still hold is unmapped with the last of them."""
-        try:
-            self._view.release()
-            self.memory.close()
-        except BufferError:
-            pass
-
-
 class ShmChannel(Channel):
-    """One connection. A received frame's parts are the ring itself, freed by the next receive."""
+    """One connection. A received frame's parts are the ring itself, given back by a later receive
+    once nobody looks at them."""
 
-    def __init__(self, sock: socket.socket, limits: FrameLimits) -> None:
+    def __init__(self, stream: Stream, limits: FrameLimits, patience: Patience) -> None:
         self.peer = "a process of this machine"
         self._limits = limits
-        self._in = sock
-        self._out = sock.dup()
-        self._reading: int | None = None
-        size = 2 * (limits.head_bytes + limits.part_bytes + ALIGNMENT)
-        fd = os.memfd_create("step3-hetero", os.MFD_CLOEXEC)
+        self._stream = stream
+        self._capacity = capacity_of(limits)
+        self._ring = Ring(self._capacity)
+        self._lent: deque[tuple[int, Lent]] = deque()
+        most = FIXED.size + limits.parts * LENGTH_BYTES + SUM.size + PLACE.size + INLINE_BYTES
+        self._bell = memoryview(bytearray(most + 1))  # one more shows what is too long
+        self._mine, fd = Memory.made(self._capacity)
         try:
-            os.ftruncate(fd, CONTROL_BYTES + size)
-            socket.send_fds(self._out, [b"R"], [fd])
-            self._sending = Ring(fd, size)
+            theirs = _swapped(stream.sock, fd, patience)
         finally:
             os.close(fd)
-        theirs = _received_fd(self._in)
         try:
-            if os.fstat(theirs).st_size != CONTROL_BYTES + size:
-                raise EdgeMismatch("the peer's ring has another size than agreed")
-            self._receiving = Ring(theirs, size)
+            self._theirs = Memory.given(theirs, self._capacity)
         finally:
             os.close(theirs)
 
     def send(self, frame: Frame, deadline_s: float) -> None:
         """See Channel.send."""
-        header = header_of(frame, self._limits, summed=False)
-        place, count = self._reserve(header.payload_bytes, deadline_s)
-        memory, at = self._sending.part(place, header.payload_bytes), 0
-        for buffer in flat([frame.head, *frame.parts]):
-            memory[at : at + len(buffer)] = buffer
-            at += len(buffer)
-        bell = packed(header) + PLACE.pack(place, count)
-        write(self._out, [memoryview(bell)], deadline_s)
+        header = header_of(frame, self._limits)
+        inline = header.head_bytes <= INLINE_BYTES
+        head_room = 0 if inline else aligned(header.head_bytes)
+        place, size = 0, head_room + header.room_bytes()
+        if size:
+            place = self._reserved(size, deadline_s)
+            room = self._mine.ring[place : place + size].data
+            targets = header.parts_in(room[head_room:])
+            if not inline:
+                room[: header.head_bytes] = memoryview(frame.head).cast("B")
+            for target, part in zip(targets, frame.parts, strict=True):
+                if len(target):
+                    target[:] = memoryview(part).cast("B")
+        bell = [memoryview(packed(header) + PLACE.pack(place, self._ring.written))]
+        if inline:
+            bell.append(memoryview(frame.head).cast("B"))
+        self._stream.write(bell, deadline_s)
 
     def receive(self, deadline_s: float) -> Frame:
         """See Channel.receive."""
-        if self._reading is not None:
-            self._receiving.was_read(self._reading)
-            self._reading = None
-        wait_readable(self._in, deadline_s)
+        while self._lent and self._lent[0][1].is_returned():
+            self._mine.count = self._lent.popleft()[0]
+        count = self._stream.read(self._bell, deadline_s)
+        if not count:
+            raise RoleLost("the peer closed the connection")
         try:
-            header, place, self._reading = self._bell()
-        except TransportTimeout as stalled:
-            self.close()
-            raise RoleLost(f"{self.peer} stalled within a frame") from stalled
+            return self._rung(self._bell[:count])
         except EdgeMismatch:
             self.close()
             raise
-        return header.frame(self._receiving.part(place, header.payload_bytes).toreadonly())
 
     def fileno(self) -> int:
         """See Channel.fileno."""
-        return self._in.fileno()
+        return self._stream.fileno()
 
     def close(self) -> None:
         """See Channel.close."""
-        for sock in (self._in, self._out):
-            sock.close()
-        for ring in (self._sending, self._receiving):
-            ring.close()
+        self._stream.close()
+        self._mine.close()
+        self._theirs.close()
 
-    def _bell(self) -> tuple[Header, int, int]:
-        fixed = read_bytes(self._in, FIXED.size, STALL_S)
-        rest = read_bytes(self._in, rest_bytes(fixed, self._limits), STALL_S)
-        header = unpacked(fixed, rest, self._limits)
-        place, count = PLACE.unpack(read_bytes(self._in, PLACE.size, STALL_S))
-        if place + header.payload_bytes > self._receiving.capacity:
-            raise EdgeMismatch(f"a payload at {place:,} lies outside the ring")
-        return header, place, count
+    def _rung(self, bell: memoryview) -> Frame:
+        """Return the frame that a bell describes."""
+        header, place, count, head = self._read_bell(bell)
+        inline = header.head_bytes <= INLINE_BYTES
+        head_room = 0 if inline else aligned(header.head_bytes)
+        size = head_room + header.room_bytes()
+        if place + size > self._capacity or place % ALIGNMENT:
+            raise EdgeMismatch(
+                f"a payload of {size:,} bytes at {place:,} lies outside the ring of "
+                f"{self._capacity:,}"
+            )
+        room = self._theirs.ring[place : place + size]
+        whole = bytes(head) if inline else room[: header.head_bytes].tobytes()
+        lent = Lent(room[head_room:], header.parts_in)
+        self._lent.append((count, lent))
+        return header.frame(whole, lent.parts)
 
-    def _reserve(self, nbytes: int, deadline_s: float) -> tuple[int, int]:
-        until = time.monotonic() + deadline_s
-        while (found := self._sending.reserve(nbytes)) is None:
-            if time.monotonic() > until:
+    def _read_bell(self, bell: memoryview) -> tuple[Header, int, int, memoryview]:
+        """Return header, place, count and head of a bell.
+
+        Raises:
+            EdgeMismatch: it is none.
+        """
+        if len(bell) < FIXED.size:
+            raise EdgeMismatch(f"a bell of {len(bell)} bytes is no frame")
+        table = FIXED.size + rest_bytes(bell[: FIXED.size], self._limits)
+        end = table + PLACE.size
+        if len(bell) < end:
+            raise EdgeMismatch(f"a bell of {len(bell)} bytes, {end} announced")
+        header = unpacked(bell[: FIXED.size], bell[FIXED.size : table], self._limits)
+        wanted = end + (header.head_bytes if header.head_bytes <= INLINE_BYTES else 0)
+        if len(bell) != wanted:
+            raise EdgeMismatch(f"a bell of {len(bell)} bytes, {wanted} announced")
+        place, count = PLACE.unpack(bell[table:end])
+        return header, place, count, bell[end:]
+
+    def _reserved(self, size: int, deadline_s: float) -> int:
+        """Return a place in the ring, waiting until the peer has read enough."""
+        until = pause_s = 0.0
+        while True:
+            try:
+                moved = self._ring.has_read(self._theirs.count)
+            except EdgeMismatch:
+                self.close()
+                raise
+            place = self._ring.reserve(size)
+            if place is not None:
+                return place
+            if moved or not until:
+                until, pause_s = time.monotonic() + deadline_s, FIRST_POLL_S
+            if time.monotonic() >= until:
                 raise TransportTimeout(f"the peer read nothing for {deadline_s:g} s")
-            if _is_gone(self._out):
+            if _is_gone(self._stream):
                 raise RoleLost("the peer closed the connection")
-            time.sleep(POLL_S)
-        return found
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_POLL_S)
 
 
 class ShmTransport(Transport):
@@ -208,29 +199,24 @@ class ShmTransport(Transport):
     def listen(self, address: str, limits: FrameLimits, key: bytes | None = None) -> Listener:
         """See Transport.listen. Only processes of the same user are let in."""
         address = address or f"@step3-hetero-{secrets.token_hex(8)}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        _check_parts(limits)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             sock.bind(_abstract(address))
             sock.listen()
         except OSError as cause:
             sock.close()
             raise ConfigError(f"cannot listen at {address!r}: {cause.strerror}") from cause
-
-        def made(peer: socket.socket) -> Channel:
-            raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
-            if PEER_CREDENTIALS.unpack(raw)[1] != os.getuid():
-                raise EdgeMismatch("a process of another user")
-            return ShmChannel(peer, limits)
-
-        return SocketListener(sock, address, limits, key, made)
+        return SocketListener(sock, address, lambda s: _met(s, limits, key, listens=True))
 
     def connect(
         self, address: str, limits: FrameLimits, deadline_s: float, key: bytes | None = None
     ) -> Channel:
         """See Transport.connect."""
+        _check_parts(limits)
 
         def connect(left: float) -> socket.socket:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             sock.settimeout(left)
             try:
                 sock.connect(_abstract(address))
@@ -239,7 +225,30 @@ class ShmTransport(Transport):
                 raise
             return sock
 
-        return ShmChannel(connected(connect, address, limits, deadline_s, key), limits)
+        return _met(connected(connect, address, deadline_s), limits, key, listens=False)
+
+
+def _met(
+    sock: socket.socket, limits: FrameLimits, key: bytes | None, *, listens: bool
+) -> ShmChannel:
+    """Make a channel of a connected socket, or close it."""
+    stream, patience = Stream(sock), Patience(HANDSHAKE_S)
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+        if (user := PEER_CREDENTIALS.unpack(raw)[1]) != os.getuid():
+            raise EdgeMismatch(
+                f"a process of user {user}, not of {os.getuid()}, is at the other end"
+            )
+        shake_hands(stream, limits, key, patience, listens=listens)
+        return ShmChannel(stream, limits, patience)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _check_parts(limits: FrameLimits) -> None:
+    if limits.parts > MOST_PARTS:
+        raise ConfigError(f"frames in {limits.parts:,} parts refused; shm takes {MOST_PARTS:,}")
 
 
 def _abstract(address: str) -> str:
@@ -249,20 +258,34 @@ def _abstract(address: str) -> str:
     return "\0" + name[1:]
 
 
-def _received_fd(sock: socket.socket) -> int:
-    sock.settimeout(HANDSHAKE_S)
-    space = socket.CMSG_SPACE(array.array("i").itemsize)
+def capacity_of(limits: FrameLimits) -> int:
+    """Return the bytes of a ring: two frames of the largest kind fit, whatever lies between."""
+    parts = limits.part_bytes + ALIGNMENT * limits.parts
+    return 2 * (aligned(limits.head_bytes) + aligned(parts) + ALIGNMENT)
+
+
+def _swapped(sock: socket.socket, fd: int, patience: Patience) -> int:
+    """Hand a descriptor to the peer and return the one it gives.
+
+    Raises:
+        EdgeMismatch: it gives none.
+    """
+    space = socket.CMSG_LEN(array.array("i").itemsize)  # one descriptor: the kernel closes more
+    sock.settimeout(max(1e-3, patience.left_s()))
     try:
-        said, extra, _, _ = sock.recvmsg(1, space)
-    except TimeoutError:
-        raise EdgeMismatch("the peer gave no ring") from None
+        socket.send_fds(sock, [b"R"], [fd], NO_SIGNAL)
+        said, extra, _, _ = sock.recvmsg(1, space, socket.MSG_CMSG_CLOEXEC)
+    except OSError as cause:
+        raise EdgeMismatch(f"the peer gave no ring: {cause}") from None
+    finally:
+        sock.settimeout(None)
     for level, kind, data in extra:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             return int(array.array("i", data[:4])[0])
     raise EdgeMismatch(f"the peer gave no ring, but {said!r}")
 
 
-def _is_gone(sock: socket.socket) -> bool:
+def _is_gone(stream: Stream) -> bool:
     poll = select.poll()
-    poll.register(sock, select.POLLRDHUP | select.POLLHUP)
+    poll.register(stream.fileno(), select.POLLRDHUP | select.POLLHUP)
     return bool(poll.poll(0))

@@ -1,9 +1,8 @@
-"""What the transports over sockets share: reading and writing with a deadline, listening, keys."""
+"""What the transports over sockets share: reading and writing with a deadline, and the greeting."""
 
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 import select
 import socket
@@ -11,17 +10,20 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from contextlib import suppress
 
-from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
-from step3_hetero.transport.base import Channel, FrameLimits, Listener
+from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
+from step3_hetero.transport.base import FrameLimits
 from step3_hetero.transport.framing import VERSION
 
-HANDSHAKE_S = 3.0
-"""How long a peer may take to say who it is."""
+HANDSHAKE_S = 5.0
+"""How long a peer may take, all in all, to say who it is."""
 
-MOST_PENDING = 16
-"""Peers that may be saying who they are at a time; more are dropped."""
+LEAST_BYTES_PER_S = 1 << 20
+"""Who sends, or takes, a frame more slowly is given up: a byte now and then is no sign of life."""
+
+RETRY_S = 0.02
+"""How long a caller waits before it tries again to reach a listener."""
 
 HELLO = struct.Struct("!4sHIQI32s")
 """magic, version, the three limits, a nonce"""
@@ -29,200 +31,200 @@ HELLO = struct.Struct("!4sHIQI32s")
 HELLO_MAGIC = b"S3HH"
 PROOF_BYTES = 32
 
-Made = Callable[[socket.socket], Channel]
-"""Makes a channel of a connected socket, the peer having proved the key."""
+AT_ONCE, NO_SIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
+"""As plain numbers: the flags of an enumeration take longer to join than a bell to ring."""
+
+TIMEVAL = struct.Struct("@ll")
 
 
-def read_into(sock: socket.socket, view: memoryview, deadline_s: float) -> None:
-    """Fill ``view``; the peer may pause for ``deadline_s`` seconds at a time.
+class Patience:
+    """How long a peer may take: ``pause_s`` between bytes, and enough in all for ``nbytes``."""
+
+    def __init__(self, pause_s: float, nbytes: int = 0) -> None:
+        self._pause_s = pause_s
+        self._until = time.monotonic() + pause_s + nbytes / LEAST_BYTES_PER_S
+
+    def left_s(self) -> float:
+        """Return for how long the next byte may be waited for; not above 0: not at all."""
+        return min(self._pause_s, self._until - time.monotonic())
+
+
+class Stream:
+    """A connected socket, read by one thread while another writes; any may close it.
+
+    Deadlines are the kernel's own (``SO_RCVTIMEO``), set where they change: one call a read.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(None)
+        self.sock = sock
+        self._reading = threading.Lock()
+        self._writing = threading.Lock()
+        self._set: dict[int, float] = {}
+        self.sent_bytes = 0
+
+    def read(self, view: memoryview, pause_s: float) -> int:
+        """Read into ``view`` what has come, waiting for it; 0 at the end.
+
+        Raises:
+            TransportTimeout: nothing came.
+            RoleLost: the connection broke, or was closed here.
+        """
+        with self._reading:
+            try:
+                return self.sock.recv_into(view, 0, self._wait(socket.SO_RCVTIMEO, pause_s))
+            except BlockingIOError:
+                raise TransportTimeout(f"nothing came within {max(0.0, pause_s):g} s") from None
+            except OSError as cause:
+                raise RoleLost(f"the connection broke: {cause.strerror or cause}") from cause
+
+    def write(self, buffers: Sequence[memoryview], pause_s: float) -> int:
+        """Write what the kernel takes of ``buffers``, waiting until it takes some.
+
+        Raises:
+            TransportTimeout: it took nothing.
+            RoleLost: the connection broke, or was closed here.
+        """
+        with self._writing:
+            try:
+                flags = self._wait(socket.SO_SNDTIMEO, pause_s)
+                sent = self.sock.sendmsg(buffers, [], flags | NO_SIGNAL)
+                self.sent_bytes += sent
+                return sent
+            except BlockingIOError:
+                raise TransportTimeout(
+                    f"the peer took nothing for {max(0.0, pause_s):g} s"
+                ) from None
+            except OSError as cause:
+                raise RoleLost(f"the connection broke: {cause.strerror or cause}") from cause
+
+    def is_writable(self) -> bool:
+        """Say whether the kernel takes something now; a third of its buffer is free then."""
+        poll = select.poll()
+        try:
+            poll.register(self.sock, select.POLLOUT)
+        except (ValueError, OSError) as cause:
+            raise RoleLost("the channel is closed") from cause
+        return bool(poll.poll(0))
+
+    def bound_to(self) -> bytes:
+        """Return what a proof of the key is bound to, so that nobody can pass it on."""
+        return b""
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        """Close, waking whoever reads or writes: a descriptor in use must not get a new owner."""
+        with suppress(OSError):  # the peer was faster, or this is the second time
+            self.sock.shutdown(socket.SHUT_RDWR)
+        with self._reading, self._writing:
+            self.sock.close()
+
+    def _wait(self, option: int, pause_s: float) -> int:
+        """Have the kernel wait for ``pause_s`` seconds; return the flags that say not to."""
+        if pause_s <= 0:
+            return AT_ONCE
+        if self._set.get(option) != pause_s:
+            whole = max(1, round(pause_s * 1e6))  # 0 would be: for ever
+            self.sock.setsockopt(socket.SOL_SOCKET, option, TIMEVAL.pack(*divmod(whole, 1_000_000)))
+            self._set[option] = pause_s
+        return 0
+
+
+def read_into(
+    stream: Stream,
+    view: memoryview,
+    patience: Patience,
+    each: Callable[[memoryview], None] | None = None,
+) -> None:
+    """Fill ``view``; ``each`` is called with every piece as it comes.
 
     Raises:
-        TransportTimeout, RoleLost: it paused longer, or is gone.
+        TransportTimeout, RoleLost: the peer is too slow, or gone.
     """
-    sock.settimeout(max(deadline_s, 1e-3))
     place = 0
-    try:
-        while place < len(view):
-            count = sock.recv_into(view[place:])
-            if count == 0:
-                raise RoleLost("the peer closed the connection")
-            place += count
-    except TimeoutError:
-        raise TransportTimeout(f"nothing came within {deadline_s:g} s") from None
-    except OSError as cause:
-        raise RoleLost(f"the connection broke: {cause.strerror or cause}") from cause
+    while place < len(view):
+        count = stream.read(view[place:], patience.left_s())
+        if count == 0:
+            raise RoleLost("the peer closed the connection")
+        if each is not None:
+            each(view[place : place + count])
+        place += count
 
 
-def read_bytes(sock: socket.socket, count: int, deadline_s: float) -> bytes:
+def read_bytes(stream: Stream, count: int, patience: Patience) -> bytes:
     """Return exactly ``count`` bytes. Raises as ``read_into``."""
     found = bytearray(count)
-    read_into(sock, memoryview(found), deadline_s)
+    read_into(stream, memoryview(found), patience)
     return bytes(found)
 
 
-def write(sock: socket.socket, buffers: Sequence[memoryview], deadline_s: float) -> None:
+def write(stream: Stream, buffers: Sequence[memoryview], patience: Patience) -> None:
     """Write buffers one after another without joining them. Raises as ``read_into``."""
-    sock.settimeout(max(deadline_s, 1e-3))
     left = list(buffers)
-    try:
-        while left:
-            sent = sock.sendmsg(left)
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
-            if sent:
-                left[0] = left[0][sent:]
-    except TimeoutError:
-        raise TransportTimeout(f"the peer took nothing for {deadline_s:g} s") from None
-    except OSError as cause:
-        raise RoleLost(f"the connection broke: {cause.strerror or cause}") from cause
-
-
-def wait_readable(sock: socket.socket, deadline_s: float) -> None:
-    """Wait for something to read, or for the end.
-
-    Raises:
-        TransportTimeout: nothing came.
-    """
-    poll = select.poll()
-    try:
-        poll.register(sock, select.POLLIN)
-    except (ValueError, OSError) as cause:
-        raise RoleLost("the channel is closed") from cause
-    if not poll.poll(max(0.0, deadline_s) * 1000):
-        raise TransportTimeout(f"nothing came within {deadline_s:g} s")
+    while left:
+        sent = stream.write(left, patience.left_s())
+        while left and sent >= len(left[0]):
+            sent -= len(left.pop(0))
+        if sent:
+            left[0] = left[0][sent:]
 
 
 def shake_hands(
-    sock: socket.socket, limits: FrameLimits, key: bytes | None, *, listens: bool
+    stream: Stream, limits: FrameLimits, key: bytes | None, patience: Patience, *, listens: bool
 ) -> None:
     """Agree with the peer on version and limits, and prove to each other that both know the key.
 
     Each side answers the other's nonce with an HMAC-SHA256 that names its own side, so that an
-    answer cannot be sent back to where it came from.
+    answer cannot be sent back to where it came from, and the listener's certificate, if it has
+    one, so that nobody in between can pass it on.
 
     Raises:
         EdgeMismatch: the peer differs, or does not know the key.
+        RoleLost, TransportTimeout: it is gone, or too slow.
     """
     mine = secrets.token_bytes(32)
     sizes = (limits.head_bytes, limits.part_bytes, limits.parts)
     hello = HELLO.pack(HELLO_MAGIC, VERSION, *sizes, mine)
-    write(sock, [memoryview(hello)], HANDSHAKE_S)
-    magic, version, *theirs, nonce = HELLO.unpack(read_bytes(sock, HELLO.size, HANDSHAKE_S))
+    write(stream, [memoryview(hello)], patience)
+    magic, version, *theirs, nonce = HELLO.unpack(read_bytes(stream, HELLO.size, patience))
     if magic != HELLO_MAGIC or version != VERSION:
-        raise EdgeMismatch(f"the peer is none of ours: {magic!r} version {version}")
+        raise EdgeMismatch(
+            f"the peer says {magic!r} version {version}, this side {HELLO_MAGIC!r} version "
+            f"{VERSION}; install one release on both sides"
+        )
     if tuple(theirs) != sizes:
         raise EdgeMismatch(f"the peer allows frames of {tuple(theirs)}, this side {sizes}")
+    bound = stream.bound_to()
     sides = (b"listener", b"caller") if listens else (b"caller", b"listener")
-    write(sock, [memoryview(_proof(key, sides[0], nonce, mine))], HANDSHAKE_S)
+    write(stream, [memoryview(_proof(key, sides[0], nonce, mine, bound))], patience)
     try:
-        answer = read_bytes(sock, PROOF_BYTES, HANDSHAKE_S)
+        answer = read_bytes(stream, PROOF_BYTES, patience)
     except RoleLost:
         raise EdgeMismatch("the peer refuses the key") from None
-    if not hmac.compare_digest(answer, _proof(key, sides[1], mine, nonce)):
+    if not hmac.compare_digest(answer, _proof(key, sides[1], mine, nonce, bound)):
         raise EdgeMismatch("the peer does not know the key")
 
 
-def _proof(key: bytes | None, side: bytes, nonce: bytes, own: bytes) -> bytes:
-    return hmac.digest(key or b"no key", side + nonce + own, "sha256")
+def _proof(key: bytes | None, side: bytes, nonce: bytes, own: bytes, bound: bytes) -> bytes:
+    return hmac.digest(key or b"no key", side + nonce + own + bound, "sha256")
 
 
 def connected(
-    connect: Callable[[float], socket.socket],
-    address: str,
-    limits: FrameLimits,
-    deadline_s: float,
-    key: bytes | None,
+    connect: Callable[[float], socket.socket], address: str, deadline_s: float
 ) -> socket.socket:
-    """Connect, trying again while nobody listens, and shake hands.
+    """Connect, trying again while nobody listens.
 
     Raises:
         TransportTimeout: nobody listened until the deadline.
-        EdgeMismatch: the peer differs or refuses the key.
     """
     until = time.monotonic() + deadline_s
     while True:
         try:
-            sock = connect(max(0.01, until - time.monotonic()))
-            break
+            return connect(max(0.01, until - time.monotonic()))
         except OSError as cause:
             if time.monotonic() >= until:
                 raise TransportTimeout(f"nobody listens at {address}: {cause}") from cause
-            time.sleep(0.02)
-    try:
-        shake_hands(sock, limits, key, listens=False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-class SocketListener(Listener):
-    """Shakes hands in threads of its own, so that who says nothing keeps nobody else waiting."""
-
-    def __init__(
-        self, sock: socket.socket, address: str, limits: FrameLimits, key: bytes | None, made: Made
-    ) -> None:
-        self.address = address
-        self._sock = sock
-        self._limits = limits
-        self._key = key
-        self._made = made
-        self._queue: SimpleQueue[Channel] = SimpleQueue()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
-        self._pending = threading.BoundedSemaphore(MOST_PENDING)
-        self._closed = False
-        self._thread = threading.Thread(target=self._listen, name=f"at {address}", daemon=True)
-        self._thread.start()
-
-    def accept(self, deadline_s: float) -> Channel:
-        """See Listener.accept."""
-        try:
-            channel = self._queue.get(timeout=max(0.0, deadline_s))
-        except Empty:
-            raise TransportTimeout(
-                f"nobody came to {self.address} within {deadline_s:g} s"
-            ) from None
-        os.eventfd_read(self._bell)
-        return channel
-
-    def fileno(self) -> int:
-        """See Listener.fileno."""
-        return self._bell
-
-    def close(self) -> None:
-        """See Listener.close."""
-        if self._closed:
-            return
-        self._closed = True
-        self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-        self._thread.join()
-        while not self._queue.empty():
-            self._queue.get().close()
-        os.close(self._bell)
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                sock, _ = self._sock.accept()
-            except OSError:
-                return
-            if self._pending.acquire(blocking=False):
-                threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
-            else:
-                sock.close()
-
-    def _greet(self, sock: socket.socket) -> None:
-        try:
-            shake_hands(sock, self._limits, self._key, listens=True)
-            channel = self._made(sock)
-        except (Step3HeteroError, OSError):
-            sock.close()
-            return
-        finally:
-            self._pending.release()
-        if self._closed:
-            channel.close()
-            return
-        os.eventfd_write(self._bell, 1)  # before the channel: who takes it reads the bell
-        self._queue.put(channel)
+            time.sleep(RETRY_S)

@@ -1,9 +1,10 @@
-"""Frames over TCP: every byte under a checksum, peers that prove a key."""
+"""Frames over TCP: every byte under a checksum, peers that prove a key, TLS where it is asked."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable
 from typing import ClassVar
 
 from crc32c import crc32c
@@ -16,93 +17,141 @@ from step3_hetero.transport.base import (
     Frame,
     FrameLimits,
     Listener,
+    TlsFiles,
     Transport,
 )
 from step3_hetero.transport.framing import (
+    ALIGNMENT,
     FIXED,
-    Header,
+    LENGTH_BYTES,
+    SUM,
+    chunks,
     flat,
     header_of,
     packed,
     rest_bytes,
     unpacked,
 )
+from step3_hetero.transport.lending import Bytes, Lent, aligned_buffer
+from step3_hetero.transport.listening import SocketListener
 from step3_hetero.transport.sockets import (
-    SocketListener,
+    HANDSHAKE_S,
+    Patience,
+    Stream,
     connected,
     read_bytes,
     read_into,
-    wait_readable,
+    shake_hands,
     write,
 )
+from step3_hetero.transport.tls import TlsStream, context_of, digest_of
 
-STALL_S = 10.0
-"""How long a peer may pause within a frame that it has begun."""
+STALL_S = 2.0
+"""How long a peer may pause within a frame that it has begun, if ``receive`` waits no longer."""
 
 BUFFER_BYTES = 4 << 20
 """Asked of the kernel for each direction; it may give less."""
 
+CHUNK_BYTES = 256 << 10
+"""Summed and handed to the kernel at a time, so that the sums are made while bytes travel."""
+
 
 class TcpChannel(Channel):
-    """One connection. A received frame's parts lie in a buffer that the next one overwrites."""
+    """One connection. A received frame's parts lie in a buffer that the next one may overwrite."""
 
-    def __init__(self, sock: socket.socket, limits: FrameLimits) -> None:
-        self.peer = "{}:{}".format(*sock.getpeername()[:2])
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, stream: Stream, limits: FrameLimits) -> None:
+        self.peer = "{}:{}".format(*stream.sock.getpeername()[:2])
+        stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+            stream.sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
         self._limits = limits
-        self._in = sock
-        self._out = sock.dup()  # a deadline belongs to a socket object: each direction has one
-        self._buffer = bytearray()
+        self._stream = stream
+        self._buffer = aligned_buffer(0, ALIGNMENT)
+        self._lent: Lent | None = None
+        self._sum = 0
 
     def send(self, frame: Frame, deadline_s: float) -> None:
         """See Channel.send."""
-        header = header_of(frame, self._limits, summed=True)
-        write(self._out, flat([packed(header), frame.head, *frame.parts]), deadline_s)
+        header = header_of(frame, self._limits)
+        if deadline_s <= 0 and not self._stream.is_writable():  # part of a frame must not go out
+            raise TransportTimeout("the peer took nothing for 0 s")
+        patience = Patience(deadline_s, header.payload_bytes)
+        before, front, total = self._stream.sent_bytes, [memoryview(packed(header))], 0
+        groups = chunks(flat([frame.head, *frame.parts]), CHUNK_BYTES) or [[]]
+        try:
+            for group in groups:
+                for piece in group:
+                    total = crc32c(piece, total)
+                last = [memoryview(SUM.pack(total))] if group is groups[-1] else []
+                write(self._stream, [*front, *group, *last], patience)
+                front = []
+        except TransportTimeout:
+            if self._stream.sent_bytes != before:  # what would follow is no frame
+                self.close()
+            raise
 
     def receive(self, deadline_s: float) -> Frame:
         """See Channel.receive."""
-        wait_readable(self._in, deadline_s)
+        fixed = memoryview(bytearray(FIXED.size))
+        begun = self._stream.read(fixed, deadline_s)
+        if not begun:
+            raise RoleLost(f"{self.peer} closed the connection")
         try:
-            header = self._header()
-            payload = self._room(header.payload_bytes)
-            read_into(self._in, payload, STALL_S)
+            return self._rest(fixed, begun, max(deadline_s, STALL_S))
         except TransportTimeout as stalled:
             self.close()
-            raise RoleLost(f"{self.peer} stalled within a frame") from stalled
+            raise RoleLost(f"{self.peer} stalled within a frame: {stalled}") from stalled
         except EdgeMismatch:
             self.close()
             raise
-        if crc32c(payload) != header.checksum:
-            raise CorruptFrame(f"a frame of {self.peer} does not match its checksum")
-        return header.frame(payload.toreadonly())
 
     def fileno(self) -> int:
         """See Channel.fileno."""
-        return self._in.fileno()
+        return self._stream.fileno()
 
     def close(self) -> None:
         """See Channel.close."""
-        self._in.close()
-        self._out.close()
+        self._stream.close()
 
-    def _header(self) -> Header:
-        fixed = read_bytes(self._in, FIXED.size, STALL_S)
-        rest = read_bytes(self._in, rest_bytes(fixed, self._limits), STALL_S)
-        return unpacked(fixed, rest, self._limits)
+    def _rest(self, fixed: memoryview, begun: int, pause_s: float) -> Frame:
+        """Return the frame of which ``begun`` bytes have been read."""
+        most = Patience(pause_s, self._limits.parts * LENGTH_BYTES)
+        read_into(self._stream, fixed[begun:], most)
+        rest = read_bytes(self._stream, rest_bytes(fixed, self._limits), most)
+        header = unpacked(fixed, rest, self._limits)
+        patience, self._sum = Patience(pause_s, header.payload_bytes), 0
+        head, room = memoryview(bytearray(header.head_bytes)), self._room(header.room_bytes())
+        for view in (head, *header.parts_in(room.data)):
+            read_into(self._stream, view, patience, self._add)
+        (said,) = SUM.unpack(read_bytes(self._stream, SUM.size, patience))
+        if self._sum != said:
+            raise CorruptFrame(f"a frame of {self.peer} does not match its checksum")
+        self._lent = Lent(room[:], header.parts_in)
+        return header.frame(head, self._lent.parts)
 
-    def _room(self, nbytes: int) -> memoryview:
-        if len(self._buffer) < nbytes:
-            self._buffer = bytearray(nbytes)  # the old one lives on in frames that still hold it
-        return memoryview(self._buffer)[:nbytes]
+    def _add(self, piece: memoryview) -> None:
+        self._sum = crc32c(piece, self._sum)
+
+    def _room(self, nbytes: int) -> Bytes:
+        """Return memory for a frame's parts: the same again, once nobody holds the last frame."""
+        is_free = self._lent is None or self._lent.is_returned()
+        if not is_free or self._buffer.nbytes < nbytes:
+            self._buffer = aligned_buffer(nbytes, ALIGNMENT)
+        return self._buffer[:nbytes]
 
 
 class TcpTransport(Transport):
     """Addresses are ``host:port``; port 0 takes a free one."""
 
     name: ClassVar[str] = "tcp"
-    capabilities: ClassVar[Capabilities] = Capabilities(True, 2, True)
+    capabilities: ClassVar[Capabilities] = Capabilities(True, 2, True, encrypts=True)
+
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
+
+    def secured(self, tls: TlsFiles) -> Transport:
+        """See Transport.secured."""
+        return TcpTransport(tls)
 
     def listen(self, address: str, limits: FrameLimits, key: bytes | None = None) -> Listener:
         """See Transport.listen."""
@@ -112,6 +161,7 @@ class TcpTransport(Transport):
                 f"address {address!r} can be reached from other machines: give a key "
                 "(transport.key_file), or listen at 127.0.0.1"
             )
+        meet = self._meeting(limits, key, listens=True)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -123,17 +173,43 @@ class TcpTransport(Transport):
             raise ConfigError(f"cannot listen at {address!r}: {cause.strerror}") from cause
         name = f"[{host}]" if ":" in host else host
         where = f"{name}:{sock.getsockname()[1]}"
-        return SocketListener(sock, where, limits, key, lambda s: TcpChannel(s, limits))
+        return SocketListener(sock, where, meet)
 
     def connect(
         self, address: str, limits: FrameLimits, deadline_s: float, key: bytes | None = None
     ) -> Channel:
         """See Transport.connect."""
-        place = split(address)
-        sock = connected(
-            lambda left: socket.create_connection(place, left), address, limits, deadline_s, key
+        place, meet = split(address), self._meeting(limits, key, listens=False)
+        return meet(
+            connected(lambda left: socket.create_connection(place, left), address, deadline_s)
         )
-        return TcpChannel(sock, limits)
+
+    def _meeting(
+        self, limits: FrameLimits, key: bytes | None, *, listens: bool
+    ) -> Callable[[socket.socket], Channel]:
+        """Return what makes a channel of a connected socket, or closes it."""
+        tls = self._tls
+        if tls is not None and tls.ca is None and key is None:
+            raise ConfigError(
+                "TLS without a CA and without a key proves nobody: give transport.tls_ca or "
+                "transport.key_file"
+            )
+        context = None if tls is None else context_of(tls, listens=listens)
+        own = digest_of(tls.cert) if tls is not None and listens else None
+
+        def meet(sock: socket.socket) -> Channel:
+            patience = Patience(HANDSHAKE_S)
+            stream = (
+                Stream(sock) if context is None else TlsStream.met(sock, context, patience, own)
+            )
+            try:
+                shake_hands(stream, limits, key, patience, listens=listens)
+                return TcpChannel(stream, limits)
+            except BaseException:
+                stream.close()
+                raise
+
+        return meet
 
 
 def split(address: str) -> tuple[str, int]:

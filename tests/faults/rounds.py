@@ -23,7 +23,6 @@ import numpy as np
 from faults.between import put_between
 from faults.proxy import BACK, THERE, FaultyProxy
 from step3_hetero import SamplingParams, load
-from step3_hetero.afd import local
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.request import Completion, Request
 
@@ -146,8 +145,7 @@ FAULTS = (
 def standing(rack: Rack, monkeypatch: Any) -> Iterator[Scene]:
     """Start a rack whose FFN instances are reached through proxies."""
     logs = LogDisk()
-    monkeypatch.setattr(local, "to_stderr", logs)
-    proxies = put_between(monkeypatch, "f")
+    proxies = put_between(monkeypatch, "f", on_line=logs)
     try:
         with load(DIGITS, **{**APART, **rack.keys}) as engine:
             yield Scene(rack, engine, proxies, logs)

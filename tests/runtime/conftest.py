@@ -8,8 +8,10 @@ from oracle.forward import load as load_oracle
 from oracle.forward import text_forward
 from oracle.random_checkpoint import write_checkpoint
 
-from step3_hetero.api import load
+from step3_hetero.api import load, open_prompter
 from step3_hetero.evals.digits import SINGLE, HeldOut, draw_digit
+from step3_hetero.model.config import ModelConfig
+from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.request import Request, SamplingParams
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-step3-digits"
@@ -44,6 +46,13 @@ PLACEMENTS = [
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("odd") / "model", shards=2, **ODD)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Write a random text model of two layers."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    return write_checkpoint(folder, num_hidden_layers=2, moe_layers_enum="1", vocab_size=130)
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +119,19 @@ def shadow_report():
             return shadow.report()
 
     return report
+
+
+@pytest.fixture
+def checked():
+    """Return a function: an engine of the digits model's size over an executor of the test's."""
+    model = ModelConfig.read(TINY)
+    prompter = open_prompter(model, TINY)
+
+    def make(executor, *, max_batch=8, prefill_chunk=512, prefix_reuse=True, max_waiting=None):
+        return Engine(
+            model, executor, prompter,
+            max_batch=max_batch, prefill_chunk=prefill_chunk,
+            prefix_reuse=prefix_reuse, max_waiting=max_waiting,
+        )  # fmt: skip
+
+    return make

@@ -62,6 +62,15 @@ def test_frames_arrive_whole_once_and_in_order(ends):
         other.receive(0.01)
 
 
+@pytest.mark.parametrize("size", [0, 8192, 8193, LIMITS.head_bytes])
+def test_a_head_of_any_size_allowed_arrives(ends, size):
+    one, other = ends
+    head = np.random.default_rng(size).bytes(size)
+    frame = Frame(1, 2, 3, head, [b"part", b"", b"x" * 65])
+    one.send(frame, 5)
+    assert content(other.receive(5)) == content(frame)
+
+
 def test_both_directions_at_once(ends):
     def ask(channel, seen):
         for n in range(50):
@@ -82,6 +91,45 @@ def test_a_numpy_array_is_a_part_as_it_is(ends):
     x = np.arange(1000, dtype=np.float32)
     one.send(Frame(1, 0, 0, b"", [memoryview(x)]), 5)
     np.testing.assert_array_equal(np.frombuffer(other.receive(5).parts[0], np.float32), x)
+
+
+@pytest.mark.parametrize("name", APART, indirect=True)
+@pytest.mark.parametrize("lent", [True, False], ids=["held", "let go"])
+def test_memory_under_an_array_stays_as_it_is_and_is_used_again_once_that_is_gone(ends, name, lent):
+    one, other = ends
+    size = LIMITS.part_bytes // 4
+    one.send(Frame(1, 0, 0, b"", [bytes([7]) * size]), 5)
+    array = np.frombuffer(other.receive(5).parts[0], np.uint8)
+    place = array.ctypes.data
+    if not lent:
+        del array
+    for value in range(8):
+        one.send(Frame(1, 0, 1, b"", [bytes([value]) * size]), 5)
+        part = other.receive(5).parts[0]
+        assert bytes(part) == bytes([value]) * size
+        again = np.frombuffer(part, np.uint8).ctypes.data
+        if lent:
+            assert again != place
+            if name == "shm" and value == 2:
+                break  # a ring holds no more while the first is held
+        elif name == "tcp":
+            assert again == place
+    if lent:
+        assert (array == 7).all()
+        assert array.ctypes.data % 64 == 0
+        del array
+
+
+@pytest.mark.parametrize("name", APART, indirect=True)
+def test_a_part_looked_at_after_the_next_receive_is_an_error_and_no_other_frame(ends):
+    one, other = ends
+    for value in (b"first", b"other"):
+        one.send(Frame(1, 0, 0, b"", [value]), 5)
+    part = other.receive(5).parts[0]
+    assert bytes(part) == b"first"
+    other.receive(5)
+    with pytest.raises(ValueError, match="released"):
+        bytes(part)
 
 
 def test_the_descriptor_is_readable_while_something_waits(ends):

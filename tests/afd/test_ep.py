@@ -1,0 +1,57 @@
+"""Sets of FFN instances in processes: one process's answers, also when a member is killed."""
+
+import os
+import signal
+
+import pytest
+from afd.questions import MARGIN, ONE, answers, differences, split
+
+pytest.importorskip("torch")
+
+pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
+
+
+@pytest.fixture(scope="module")
+def together():
+    return answers(**ONE)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return answers(count=8, **split(1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        split(1, 2, 2),
+        split(3, 2, 2, runtime__microbatches=2),
+        split(1, 4, 2),
+        split(2, 3, 3),
+        split(1, 2, 2, transport__kind="tcp", roles__f__backend="reference"),
+    ],
+    ids=["1A2F", "3A2F", "1A4F, two replicas", "2A3F, 8 experts over 3", "tcp, reference"],
+)
+def test_answers_of_a_set_are_one_process_s_up_to_the_order_of_sums(together, overrides):
+    got = answers(**overrides)
+    assert all(margin < MARGIN for margin in differences(got, together))
+    bits = [[p.chosen for p in seen] for _, seen in got]
+    assert bits != [[p.chosen for p in seen] for _, seen in together], "nothing was split"
+
+
+def test_same_sharding_gives_the_same_bits_whoever_calls_and_in_whatever_batch(undisturbed):
+    assert answers(count=8, **split(2, 4, 2, runtime__microbatches=3)) == undisturbed
+
+
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("instances", [2, 4], ids=["restarted", "replica"])
+def test_no_answer_changes_when_a_member_is_killed(undisturbed, member, instances):
+    killed = []
+
+    def kill(executor):
+        killed.append(executor.processes()[f"f:{member}"])
+        os.kill(killed[0], signal.SIGKILL)
+
+    overrides = split(1, instances, 2, runtime__microbatches=2)
+    assert answers(count=8, disturb=kill, **overrides) == undisturbed
+    assert killed
