@@ -82,7 +82,12 @@ def test_device_that_is_not_there_is_refused(backend):
     [
         (OpSpec("attention", "bfloat16", {"heads": 128, "kv_heads": 1, "head_dim": 256}), "head r"),
         (OpSpec("attention", "bfloat16", {"heads": 64, "kv_heads": 1, "head_dim": 513}), "head d"),
-        (OpSpec("attention", "bfloat16", {"heads": 64, "kv_heads": 1}, {}, None, "int8"), "KV dt"),
+        (OpSpec("attention", "bfloat16", {"heads": 64}, {}, None, "float8_e4m3fn"), "KV dt"),
+        (OpSpec("attention", "bfloat16", {"heads": 64}, {}, None, "float32"), "KV dt"),
+        (
+            OpSpec("attention", "bfloat16", {"heads": 64, "head_dim": 513}, {}, None, "int8"),
+            "head d",
+        ),
         (OpSpec("rope", "float32", {"heads": 64, "head_dim": 896}), "rotary"),
         (OpSpec("route", "float32", {"experts": 48}, {"top_k": 49}), "top-k"),
         (OpSpec("experts", "bfloat16", {"experts": 1}), "groups"),
@@ -104,6 +109,7 @@ def test_supports_takes_the_released_models_sizes(backend):
     heads = {"heads": 64, "kv_heads": 1, "head_dim": 256}
     experts = {"experts": 48, "top_k": 3, "hidden": 7168, "inter": 5120}
     for spec in (OpSpec("attention", "bfloat16", heads, kv_format="bfloat16"),
+                 OpSpec("attention", "bfloat16", heads, kv_format="int8"),
                  OpSpec("rope", "bfloat16", heads, {"theta": 5e5}),
                  OpSpec("experts", "bfloat16", experts, weight_format="int8"),
                  OpSpec("linear", "bfloat16", {"in": 16384, "out": 7168}, weight_format="int8"),

@@ -57,9 +57,13 @@ def _registered(name: str) -> bool:
 
 def layer(device: Any) -> Iterator[str]:
     """Run a real-size MoE layer through the vendor's own shape functions, without a number."""
-    for what, meta in (("64 sequences decode", decoding(64, 8192)), ("a prompt", prompt(512))):
+    for what, meta, kv in (("64 sequences decode", decoding(64, 8192), "bfloat16"),
+                           ("64 sequences decode, INT8 cache", decoding(64, 8192), "int8"),
+                           ("a prompt", prompt(512), "bfloat16"),
+                           ("a prompt, INT8 cache", prompt(512), "int8")):  # fmt: skip
         tokens = meta.tokens
-        attention = device.build(_attention_spec(), _attention_weights(), _cache(device), LIMITS)
+        cache = AscendCache(CacheSpec(1, HEAD_DIM, 4096, kv), device.device)
+        attention = device.build(_attention_spec(), _attention_weights(), cache, LIMITS)
         attention.plan(meta)
         x, y = (_empty(tokens, HIDDEN) for _ in range(2))
         got = dict(attention.run({"x": x, "y": y}))
@@ -84,7 +88,18 @@ def calls() -> Iterator[str]:
     product = vendor.quantised_product(
         q, _empty(HIDDEN, 96, dtype=torch.int8), _empty(96, dtype=torch.float32), scale
     )
+    codes, scales = (
+        _empty(8, 1, 128, HEAD_DIM, dtype=torch.int8),
+        _empty(8, 1, 128, dtype=torch.float32),
+    )
+    table = _empty(4, 2, dtype=torch.int32)
+    over_int8 = vendor.fused_attention(
+        _empty(4, HEADS, 1, HEAD_DIM), codes, codes, kv_heads=1, scale=1.0, block_table=table,
+        block_size=128, kv_lengths=[256] * 4, lse=True, scales=(scales, scales),
+    )  # fmt: skip
     for name, got, want in (
+        ("attention over INT8", over_int8[0], (4, HEADS, 1, HEAD_DIM)),
+        ("its sums", over_int8[1], (4, HEADS, 1, 1)),
         ("merge_parts", vendor.merge_parts([sums, sums], [rows, rows]), (64, HEAD_DIM)),
         ("quantised_product", product, (4, 96)),
         ("rotate", vendor.rotate(_empty(1, 4, 64, 256), *[_empty(1, 4, 1, 256)] * 2),
@@ -117,10 +132,6 @@ def prompt(tokens: int) -> BatchMeta:
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="npu")
-
-
-def _cache(device: Any) -> AscendCache:
-    return AscendCache(CacheSpec(1, HEAD_DIM, 4096, "bfloat16"), device.device)
 
 
 def _attention_spec() -> AttentionSpec:
