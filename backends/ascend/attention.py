@@ -111,7 +111,7 @@ def places(slots: HostArray, kv_heads: int) -> HostArray:
 
 def _groups(meta: BatchMeta, device: torch.device, split: int) -> list[Group]:
     lengths = np.diff(meta.query_starts)
-    _check_last(meta, lengths)
+    check_last(meta, lengths)
     groups = [
         _group(meta, np.array([s]), device, int(lengths[s]), 1) for s in np.flatnonzero(lengths > 1)
     ]
@@ -121,7 +121,7 @@ def _groups(meta: BatchMeta, device: torch.device, split: int) -> list[Group]:
     return groups
 
 
-def _check_last(meta: BatchMeta, lengths: HostArray) -> None:
+def check_last(meta: BatchMeta, lengths: HostArray) -> None:
     """Refuse queries that are not the last tokens of their context: the mask could not say so."""
     for s in np.flatnonzero(lengths > 0):
         rows = slice(int(meta.query_starts[s]), int(meta.query_starts[s + 1]))
@@ -154,22 +154,23 @@ class AscendCache(KVCache):
     """Keys and values (blocks, 128, kv_heads, head_dim), heads padded to 16 columns, INT8's to 32.
 
     Of INT8 these are codes, and scales (blocks, kv_heads, 128) float32 stand beside them: one for
-    each token's key, and value, of a KV head.
+    each token's key, and value, of a KV head. ``spare`` blocks follow those of the spec.
     """
 
-    def __init__(self, spec: CacheSpec, device: torch.device) -> None:
+    def __init__(self, spec: CacheSpec, device: torch.device, spare: int = 0) -> None:
         limits.kv_format(spec.dtype, "float32")
         self.spec = spec
         fused = spec.dtype != "float32"
         self.columns = limits.padded_head_dim(spec.head_dim, spec.dtype) if fused else spec.head_dim
         if fused and spec.kv_heads > 1:
             limits.flat_cache(spec.kv_heads, self.columns)
-        shape = (spec.blocks, LOGICAL_BLOCK, spec.kv_heads, self.columns)
+        blocks = spec.blocks + spare
+        shape = (blocks, LOGICAL_BLOCK, spec.kv_heads, self.columns)
         self.k = torch.zeros(shape, dtype=TORCH_DTYPE[spec.dtype], device=device)
         self.v = torch.zeros_like(self.k)
         self.scales: tuple[Tensor, Tensor] | None = None
         if spec.scaled:
-            beside = (spec.blocks, spec.kv_heads, LOGICAL_BLOCK)
+            beside = (blocks, spec.kv_heads, LOGICAL_BLOCK)
             self.scales = (torch.zeros(beside, device=device), torch.zeros(beside, device=device))
         self.nbytes = sum(x.nbytes for x in self._stored())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from step3_hetero.backend import (
 )
 from step3_hetero.backends.ascend import (
     attention,
+    copies,
     decode,
     driver,
     limits,
@@ -37,12 +37,13 @@ from step3_hetero.backends.ascend import (
     sampling,
     vision,
 )
+from step3_hetero.backends.ascend.graphs import SPARE_BLOCKS, DecodeBatch, graphed
 from step3_hetero.backends.ascend.requantise import Requantised
 from step3_hetero.backends.ascend.stages import AscendAttention, AscendFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
 from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.composed import compose, invariant
-from step3_hetero.errors import TransportTimeout, UnsupportedOp
+from step3_hetero.errors import UnsupportedOp
 from step3_hetero.specs import (
     AttentionSpec,
     CacheSpec,
@@ -78,36 +79,14 @@ KERNELS: Mapping[str, Kernel] = {
     "swiglu": moe.swiglu,
 }
 
-POLL_S = 0.0002
-"""Pause between two looks at an event that has a deadline."""
-
-
-class NpuEvent(Event):
-    """The point that the device's queue had reached when this was made."""
-
-    def __init__(self) -> None:
-        self._event = driver.module().Event()
-        self._event.record()
-
-    def wait(self, deadline_s: float | None = None) -> None:
-        """Block until the device has passed the point."""
-        if deadline_s is None:
-            self._event.synchronize()
-            return
-        end = time.monotonic() + deadline_s
-        while not self._event.query():
-            if time.monotonic() > end:
-                raise TransportTimeout(f"the NPU did not reach a copy's end in {deadline_s:g} s")
-            time.sleep(POLL_S)
-
 
 class AscendDevice(Device):
     """One NPU. Kernels are queued; ``to_host`` and events wait.
 
     ``kv_split`` cuts the contexts of decoding sequences into parts of that many tokens; ``nz``
     holds matrices in the cube unit's own format; ``triton`` launches the decode kernel, which is
-    used where it is given. ``manifest`` lists every tensor that was
-    requantised on its way here.
+    used where it is given; ``graphs`` captures decode steps. ``manifest`` lists every tensor that
+    was requantised on its way here.
     """
 
     kernels = KERNELS
@@ -120,17 +99,20 @@ class AscendDevice(Device):
         kv_split: int = 0,
         nz: bool = False,
         triton: decode.Launch | None = None,
+        graphs: bool = False,
     ) -> None:
         self.info = info
         self.index = index
         self.kv_split = kv_split
         self.nz = nz
         self.triton = triton
+        self.graphs = graphs
         self.manifest: list[Requantised] = []
         driver.module().set_device(index)
         driver.exact_products()
         self.device = torch.device("npu", index)
         self._batch: attention.Batch | None = None
+        self._decoding: dict[tuple[int, int], DecodeBatch] = {}
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
         """Copy to the device."""
@@ -182,7 +164,8 @@ class AscendDevice(Device):
         """Return a zeroed cache."""
         if self.triton:
             limits.decode_cache(spec.kv_heads, spec.head_dim, spec.dtype)
-        return attention.AscendCache(spec, self.device)
+        spare = SPARE_BLOCKS if self.graphs else 0
+        return attention.AscendCache(spec, self.device, spare)
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
@@ -198,25 +181,28 @@ class AscendDevice(Device):
         limits: Limits,
     ) -> Stage:
         """Build fused attention and FFN stages; the others are composed."""
+        stage: AscendAttention | AscendFfn
         if isinstance(spec, AttentionSpec) and isinstance(cache, attention.AscendCache):
-            return invariant(self, AscendAttention(self, spec, weights, cache))
-        if isinstance(spec, FfnSpec):
-            return invariant(self, AscendFfn(spec, weights))
-        return compose(self, spec, weights, cache, limits)
+            stage = AscendAttention(self, spec, weights, cache)
+        elif isinstance(spec, FfnSpec):
+            stage = AscendFfn(spec, weights)
+        else:
+            return compose(self, spec, weights, cache, limits)
+        if self.graphs and not spec.batch_invariant:
+            return graphed(stage, limits, self._decoding)
+        return invariant(self, stage)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory."""
-        pinned: npt.NDArray[np.uint8] = torch.empty(
-            nbytes, dtype=torch.uint8, pin_memory=True
-        ).numpy()
-        return pinned
+        return copies.pinned(nbytes)
 
     def copy_in(self, host: HostArray, out: Tensor) -> Event:
         """Queue a copy to the device; pinned memory is read while the host goes on."""
-        out.copy_(to_torch(host), non_blocking=True)
-        return NpuEvent()
+        source = to_torch(host)
+        out.copy_(source, non_blocking=True)
+        return copies.NpuEvent(keep=source)
 
     def copy_out(self, x: Tensor, host: HostArray) -> Event:
         """Queue a copy to the host."""
         to_torch(host).copy_(x, non_blocking=True)
-        return NpuEvent()
+        return copies.NpuEvent(keep=x)

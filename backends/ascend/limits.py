@@ -304,6 +304,12 @@ def kv_format(form: str | None, dtype: str) -> None:
     _one_of("KV dtype", form or dtype, known, "CANN: Atlas A2 has no FP8", todo)
 
 
+def graph_dtype(dtype: str) -> None:
+    """Only the fused operator's attention is captured; float32 is composed context by context."""
+    todo = "set runtime.dtype to bf16, or leave option graphs off"
+    _one_of("graphs, attention dtype", dtype, ("bfloat16",), "this backend", todo)
+
+
 def weights(form: str | None, dtype: str, op: str) -> None:
     """As stored by the role: float32, bfloat16, or INT8 for bfloat16 products."""
     todo = "FP8 checkpoints are requantised at load: use auto, bf16 or int8"

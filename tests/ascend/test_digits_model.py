@@ -57,6 +57,15 @@ def test_answers_in_bfloat16_with_contexts_cut_in_parts(requests, wanted):
     assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= len(wanted) - 1
 
 
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_answers_from_graphs_are_those_without(kv, requests):
+    plain, replayed = (
+        answers(requests, "ascend", "ascend", dtype="bf16", kv=kv, graphs=graphs)
+        for graphs in (False, True)
+    )
+    assert replayed == plain
+
+
 def test_answers_over_an_int8_cache_are_the_references_over_one(requests):
     over_int8 = answers(requests, "reference", "reference", kv="int8")
     assert answers(requests, "ascend", "ascend", kv="int8") == over_int8

@@ -44,6 +44,7 @@ BOUNDS = {
     "KV dtype": [(l.kv_format, ("int8", "bfloat16"), ("float8_e4m3fn", "bfloat16")),
                  (l.kv_format, ("bfloat16", "float32"), ("float32", "bfloat16")),
                  (l.kv_format, (None, "float32"), ("float64", "float32"))],
+    "graphs, attention dtype": [(l.graph_dtype, ("bfloat16",), ("float32",))],
     "sequences": [(l.sequences, (65536,), (65537,))],
     "cache elements": [(l.cache_elements, (2**31 - 1,), (2**31,))],
     "cache row": [(l.flat_cache, (85, 771), (256, 256))],

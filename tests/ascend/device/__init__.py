@@ -106,6 +106,8 @@ def _device_module() -> types.ModuleType:
     """Return what becomes ``torch.npu``."""
     import torch
 
+    from . import graphs
+
     module = types.ModuleType("torch.npu")
 
     def mem_get_info(_: Any = None) -> tuple[int, int]:
@@ -128,6 +130,7 @@ def _device_module() -> types.ModuleType:
         "get_rng_state": lambda _=0: torch.get_rng_state(),
         "set_rng_state": lambda state, _=0: torch.set_rng_state(state),
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
+        **graphs.MEMBERS,
         # The vendor's defaults: products in float32, convolutions in HF32 (npu_config.py).
         "matmul": types.SimpleNamespace(allow_hf32=False),
         "conv": types.SimpleNamespace(allow_hf32=True),
