@@ -16,6 +16,7 @@ from step3_hetero.backend import (
     BatchMeta,
     Device,
     DeviceInfo,
+    Done,
     Event,
     Kernel,
     KVCache,
@@ -80,6 +81,10 @@ KERNELS: Mapping[str, Kernel] = {
 }
 
 
+LARGE_BYTES = 2 * copies.PIECE_BYTES
+"""Smaller arrays are copied in one go: there is nothing to overlap."""
+
+
 class AscendDevice(Device):
     """One NPU. Kernels are queued; ``to_host`` and events wait.
 
@@ -110,17 +115,35 @@ class AscendDevice(Device):
         self.manifest: list[Requantised] = []
         driver.module().set_device(index)
         driver.exact_products()
+        if nz:
+            driver.allow_internal_formats()
+        self._staging: copies.Staging | None = None
         self.device = torch.device("npu", index)
         self._batch: attention.Batch | None = None
         self._decoding: dict[tuple[int, int], DecodeBatch] = {}
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
-        """Copy to the device."""
-        return to_torch(x).to(TORCH_DTYPE[dtype or x.dtype.name]).to(self.device)
+        """Copy to the device, large arrays in pieces through pinned memory."""
+        host = to_torch(x).to(TORCH_DTYPE[dtype or x.dtype.name])
+        if host.nbytes < LARGE_BYTES:
+            return host.to(self.device)
+        out = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        self.staging.copy_in(host, out)
+        return out
 
     def to_host(self, x: Tensor) -> HostArray:
-        """Wait and copy back."""
-        return to_host(x.cpu())
+        """Wait and copy back, large arrays in pieces through pinned memory."""
+        if x.nbytes < LARGE_BYTES:
+            return to_host(x.cpu())
+        host = torch.empty(x.shape, dtype=x.dtype)
+        self.staging.copy_out(x.contiguous(), host)
+        return to_host(host)
+
+    @property
+    def staging(self) -> copies.Staging:
+        """Return the pinned buffers of large copies, made when the first one comes."""
+        self._staging = self._staging or copies.Staging()
+        return self._staging
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Return an uninitialised tensor."""
@@ -140,7 +163,7 @@ class AscendDevice(Device):
         made: Mapping[str, Callable[..., Weights]] = {
             "conv2d": self._prepare_conv,
             "embed": partial(linear.prepare_table, device=self.device),
-            "experts": partial(moe.prepare_experts, device=self.device),
+            "experts": partial(moe.prepare_experts, device=self.device, nz=self.nz),
             "linear": partial(linear.prepare_linear, device=self.device, nz=self.nz),
         }
         if op not in made:
@@ -203,6 +226,9 @@ class AscendDevice(Device):
         return copies.NpuEvent(keep=source)
 
     def copy_out(self, x: Tensor, host: HostArray) -> Event:
-        """Queue a copy to the host."""
+        """Queue a copy to the host; at once where ``host`` is not one run of memory."""
+        if not host.flags.c_contiguous:
+            host[...] = self.to_host(x)
+            return Done()
         to_torch(host).copy_(x, non_blocking=True)
         return copies.NpuEvent(keep=x)

@@ -143,8 +143,9 @@ class AclGraphedStage(GraphedStage):
 
     def refresh(self, step: Step) -> None:
         """See ``AclGraph.update``; an FFN holds no lengths."""
-        if isinstance(self.inner, AscendAttention):
-            step.graph.update(self.inner.batch.contexts)
+        batch = getattr(self.inner, "batch", None)
+        if isinstance(batch, DecodeBatch):
+            step.graph.update(batch.contexts)
 
 
 def graphed(

@@ -26,6 +26,9 @@ MASK_SIDE = 2048
 
 INT32_MAX = 2**31 - 1
 
+NZ = 29
+"""ACL's number of the fractal format, in which the cube unit reads a matrix without reordering."""
+
 MOST_POSITIONS = 65536
 """Rows of the rotary table that a device holds: Step-3's max_position_embedding."""
 
@@ -64,9 +67,8 @@ def head_ratio(heads: int, kv_heads: int) -> None:
     """At most 64 query heads read one KV head; Step-3's MFA is at the limit."""
     if kv_heads < 1 or heads % kv_heads:
         said = f"{heads} query heads over {kv_heads} KV heads"
-        raise LimitExceeded(
-            "head ratio", said, "a whole ratio", FUSED_ATTENTION, "change the model"
-        )
+        raise LimitExceeded("head ratio", said, "a whole ratio", FUSED_ATTENTION,
+                            "change the model")  # fmt: skip
     ratio = heads // kv_heads
     todo = f"split the query heads over {-(-ratio // 64)} tensor-parallel ranks, the KV head copied"
     _most("head ratio", ratio, 64, FUSED_ATTENTION, todo)
@@ -137,13 +139,8 @@ def kv_lengths(lengths: Sequence[int] | None, seqs: int, queries: int) -> None:
         _most("KV lengths", max(lengths), 262144, FUSED_ATTENTION, todo, least=0)
 
 
-def kv_scales(
-    shape: Sequence[int] | None,
-    dtype: str,
-    query_dtype: str,
-    cache: tuple[int, int, int],
-    queries: int,
-) -> None:
+def kv_scales(shape: Sequence[int] | None, dtype: str, query_dtype: str,
+              cache: tuple[int, int, int], queries: int) -> None:  # fmt: skip
     """Scales of an INT8 cache of (blocks, kv_heads, block): that shape, float32; one query each.
 
     Prompts read no scales from pages.
@@ -259,6 +256,19 @@ def inner_axis(op: str, size: int) -> None:
     _most("inner axis", size, 65535, f"DOCS {op}", "split the matrix over tensor-parallel ranks")
 
 
+def fractal(rows: int, columns: int) -> None:
+    """A product takes a fractal matrix of 2 x 2 or more."""
+    source = "FIELD vllm-ascend 10287: aclnnMatmulWeightNz"
+    _most("NZ matrix", min(rows, columns), INT32_MAX, source, "leave option nz off", least=2)
+
+
+def fractal_format(number: int) -> None:
+    """The cast leaves the format as it is, without a word, while internal formats are forbidden."""
+    source = "FIELD vllm-ascend 2549"
+    todo = "set torch.npu.config.allow_internal_format, or leave option nz off"
+    _one_of("NZ format", number, (NZ,), source, todo)
+
+
 def unpermuted(top_k: int) -> None:
     """At most 512 rows a token are added up."""
     source = "DOCS npu_moe_token_unpermute"
@@ -330,12 +340,6 @@ ON_CHIP_BYTES = MappingProxyType(
      "L0C": 128 << 10}
 )  # fmt: skip
 """Bytes of each memory beside one core."""
-
-CORES = MappingProxyType(
-    {"Ascend910B1": (24, 48), "Ascend910B2": (24, 48), "Ascend910B2C": (24, 48),
-     "Ascend910B3": (20, 40), "Ascend910B4": (20, 40), "Ascend910B4-1": (20, 40)}
-)  # fmt: skip
-"""Cube and vector cores by the driver's name of the chip."""
 
 
 def on_chip(memory: Memory, nbytes: int) -> None:

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from step3_hetero.backends.ascend import limits
 
-NZ = 29
-"""ACL's number of the fractal format, in which the cube unit reads a matrix without reordering."""
-
 
 def _npu() -> Any:
     return torch.ops.npu
@@ -252,6 +249,8 @@ def quantised_product(x: Tensor, weight: Tensor, scale: Tensor, row_scale: Tenso
 
 
 def to_nz(weight: Tensor) -> Tensor:
-    """npu_format_cast to the fractal format."""
-    out: Tensor = _npu().npu_format_cast(weight, NZ)
+    """npu_format_cast to the fractal format. Shapes: (..., rows, columns) -> the same."""
+    limits.fractal(*weight.shape[-2:])
+    out: Tensor = _npu().npu_format_cast(weight, limits.NZ)
+    limits.fractal_format(int(_npu().get_npu_format(out)))
     return out

@@ -76,6 +76,8 @@ BOUNDS = {
     "group list": [(l.groups, (48, "int64"), (48, "int32"))],
     "group list type": [(l.groups, (48, "int64", 0), (48, "int64", 2))],
     "inner axis": [(l.inner_axis, ("npu_grouped_matmul", 65535), ("npu_grouped_matmul", 65536))],
+    "NZ matrix": [(l.fractal, (2, 2), (1, 64)), (l.fractal, (64, 2), (64, 1))],
+    "NZ format": [(l.fractal_format, (29,), (2,))],
     "rows a token": [(l.unpermuted, (512,), (513,))],
     "expert-parallel ranks": [(EP, (16,), (8,)), (EP, (64,), (65,)),
                               (partial(EP, version=2), (8,), (9,)),

@@ -57,18 +57,12 @@ def fused_infer_attention_score(
     _check_query(query, key, value, input_layout, num_heads, kv_heads, block_table)
     _check_scales(query, key, kv_heads, block_table, block_size, scales,
                   (key_antiquant_mode, value_antiquant_mode))  # fmt: skip
-    require(FIA, sparse_mode in (0, 1, 2, 3, 4), f"sparse_mode {sparse_mode} is not implemented")
     batch, _, queries, head_dim = query.shape
     lens = list(actual_seq_lengths or [queries] * batch)
     require(FIA, len(lens) in (1, batch), f"{len(lens)} query lengths for {batch} sequences")
     lens = lens * batch if len(lens) == 1 else lens
     require(FIA, max(lens) <= queries, f"a query length of {max(lens)} in an axis of {queries}")
-    causal = queries > 1 and sparse_mode == 3
-    if queries > 1 and sparse_mode >= 2:
-        require(FIA, sparse_mode == 3, f"sparse_mode {sparse_mode} has no implementation here")
-        _check_mask(atten_mask)
-    else:
-        require(FIA, atten_mask is None or queries == 1, "a full mask has no implementation here")
+    causal = _is_causal(queries, sparse_mode, atten_mask)
     if block_table is None:
         kv_lens = list(actual_seq_lengths_kv or [key.shape[2]] * batch)
         pages = [(key[b], value[b]) for b in range(batch)]
@@ -130,6 +124,16 @@ def _check_scales(query: Tensor, key: Tensor, kv_heads: int, table: Tensor | Non
         require_contiguous(FIA, **{f"{name}_antiquant_scale": scale})
         shape = (len(key), kv_heads, block_size)
         require(FIA, tuple(scale.shape) == shape, f"{tuple(scale.shape)}, documented: {shape}")
+
+
+def _is_causal(queries: int, sparse_mode: int, mask: Tensor | None) -> bool:
+    require(FIA, sparse_mode in (0, 1, 2, 3, 4), f"sparse_mode {sparse_mode} is not implemented")
+    if queries == 1 or sparse_mode < 2:
+        require(FIA, mask is None or queries == 1, "a full mask has no implementation here")
+        return False
+    require(FIA, sparse_mode == 3, f"sparse_mode {sparse_mode} has no implementation here")
+    _check_mask(mask)
+    return True
 
 
 def _check_mask(mask: Tensor | None) -> None:

@@ -31,6 +31,7 @@ RUNTIME = {
 """Methods under ``torch.npu`` that the backend calls in Python, by the file of torch_npu/npu."""
 
 OPS = (
+    "get_npu_format",
     "npu_add_rms_norm",
     "npu_apply_rotary_pos_emb",
     "npu_attention_update",
