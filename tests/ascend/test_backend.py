@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.ascend import cards, driver
+from step3_hetero.conformance.case import Case
+from step3_hetero.conformance.forms import OpTrial
+from step3_hetero.conformance.trial import expected_of
 from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.placement.catalogue import Catalogue
 from step3_hetero.specs import CacheSpec, OpSpec
@@ -160,3 +164,25 @@ def test_contexts_in_parts_give_what_whole_ones_give(backend):
     for trial in chosen:
         result = examine(backend, split, trial)
         assert result.status == "passed", result
+
+
+def test_128_query_heads_over_one_are_what_two_ranks_of_64_attend(backend, device):
+    """What the limit's sentence advises: each rank has half the query heads and all of the KV."""
+    dims = {"heads": 128, "kv_heads": 1, "head_dim": 32, "queries": (1, 1, 3),
+            "contexts": (130, 5, 17), "blocks": 4, "padding": 0}  # fmt: skip
+    trial = OpTrial(Case("attention", "bfloat16", dims, {"scale": 0.2}))
+    whole = OpSpec("attention", "bfloat16", {"heads": 128, "kv_heads": 1, "head_dim": 32})
+    assert "split the query heads over 2 tensor-parallel ranks" in backend.supports(
+        device.info, whole
+    )
+    inputs, expected = expected_of(trial)
+    parts = []
+    for rank in range(2):
+        own = np.ascontiguousarray(inputs.arrays["q"][:, 64 * rank : 64 * (rank + 1)])
+        placed = trial.place(
+            device, replace(inputs, arrays={**inputs.arrays, "q": own}), "bfloat16"
+        )
+        parts.append(device.to_host(trial.call(device, placed, "bfloat16")["out"]))
+    judged = expected.judged("out", np.concatenate(parts, 1))
+    assert (judged.row_error <= judged.row_bound).all()
+    assert (judged.element_error <= judged.element_bound).all()
