@@ -79,12 +79,16 @@ def _run(
 
 def main() -> int:
     """Print the report and return the exit code."""
-    if reason := prepare():
-        print(f"tier 2: not run: {reason}")
-        return 0
-    done = check(SCHEMAS)
-    print(done.stdout + (done.stderr[-2000:] if done.returncode else ""), end="")
-    control = check(altered())
+    try:
+        if reason := prepare():
+            print(f"tier 2: not run: {reason}")
+            return 0
+        done = check(SCHEMAS)
+        print(done.stdout + (done.stderr[-2000:] if done.returncode else ""), end="")
+        control = check(altered())
+    except subprocess.TimeoutExpired as late:
+        print(f"tier 2: FAILED: {' '.join(late.cmd[:3])} did not end within {late.timeout:g} s")
+        return 1
     seen = control.returncode == 1 and all(
         said in control.stdout for said in ("sparse_modes", "torch.npu.graph.__init__: recorded")
     )
