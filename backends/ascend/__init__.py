@@ -25,6 +25,8 @@ DTYPES = Dtypes(
 )
 
 OPTIONS = {
+    "graphs": "true captures decode steps as ACL graphs, one for each bucket of batch sizes; "
+    "attention in bfloat16 only; never run on hardware (default: false)",
     "kv_split": "tokens: longer contexts of decoding sequences are attended in parts of that many "
     "and merged (default: 0, never)",
     "nz": "true holds matrices in the cube unit's fractal format (default: false)",
@@ -52,15 +54,27 @@ class AscendBackend(Backend):
         """Open an NPU."""
         check_options(self.name, options, OPTIONS)
         split, nz, triton = _kv_split(options), _flag(options, "nz"), _flag(options, "triton")
+        graphs = _flag(options, "graphs")
+        if graphs and (split or triton):
+            other = "kv_split" if split else "triton"
+            raise ConfigError(
+                f"backend 'ascend', option graphs: refused beside {other}, whose launches follow "
+                "each step's contexts; set one of the two"
+            )
         if reason := self.why_unavailable():
             raise PlacementError(f"backend ascend: {reason}")
         if not 0 <= index < driver.count():
             raise PlacementError(f"ascend has {driver.count()} devices here; asked for {index}")
         from step3_hetero.backends.ascend import decode
+        from step3_hetero.backends.ascend import graphs as acl_graphs
         from step3_hetero.backends.ascend.device import AscendDevice
 
         launch = decode.launcher() if triton else None
-        return AscendDevice(_here(index), index, kv_split=split, nz=nz, triton=launch)
+        if graphs:
+            acl_graphs.check_runtime()
+        return AscendDevice(
+            _here(index), index, kv_split=split, nz=nz, triton=launch, graphs=graphs
+        )
 
     def supports(self, info: DeviceInfo, spec: OpSpec) -> str | None:
         """Ask the limits of the vendor's operators."""

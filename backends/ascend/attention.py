@@ -2,7 +2,9 @@
 
 bfloat16 goes through the vendor's fused operator, decoding sequences in one call, each prompt in
 one of its own; with option ``triton`` decoding sequences go through decode.py instead. float32,
-which that operator does not take, is composed of products and softmax.
+which that operator does not take, is composed of products and softmax. Of an INT8 cache the
+operator reads codes and scales for decoding sequences; for prompts it takes no scales from pages,
+and code · scale in bfloat16 errs beyond what rounding explains, so those are composed in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 from step3_hetero.backend import BatchMeta, KVCache
 from step3_hetero.backends.ascend import decode, limits, vendor
 from step3_hetero.backends.ascend.rope import looked_up
+from step3_hetero.backends.ascend.rows import quantise_runs
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host
 from step3_hetero.errors import UnsupportedOp
 from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
@@ -65,6 +68,7 @@ class Batch:
         self.slots = torch.from_numpy(meta.slots if whole else meta.slots[kept]).to(device)
         self.padded = int(meta.query_starts[-1]) < meta.tokens
         self._angles: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._scale_places: dict[int, Tensor] = {}
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -73,6 +77,16 @@ class Batch:
         for group in groups if self.triton else ():
             group.lengths = torch.tensor(group.contexts, dtype=torch.int32).to(self.device)
         return groups
+
+    def scale_places(self, kv_heads: int) -> Tensor:
+        """Return where each written row's scales lie in (blocks, kv_heads, 128), flattened.
+
+        Shapes: -> (rows · kv_heads,) int64.
+        """
+        if kv_heads not in self._scale_places:
+            slots = self.meta.slots[self.meta.slots >= 0].astype(np.int64)
+            self._scale_places[kv_heads] = torch.from_numpy(places(slots, kv_heads)).to(self.device)
+        return self._scale_places[kv_heads]
 
     def angles(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the rotary cosines and sines of the batch's positions."""
@@ -83,9 +97,21 @@ class Batch:
         return self._angles[key]
 
 
+def places(slots: HostArray, kv_heads: int) -> HostArray:
+    """Return each slot's places in (blocks, kv_heads, 128), head by head.
+
+    >>> places(np.array([0, 129]), 2).tolist()
+    [0, 128, 257, 385]
+    """
+    block, offset = np.divmod(slots, LOGICAL_BLOCK)
+    heads = np.arange(kv_heads, dtype=slots.dtype)
+    flat: HostArray = (block[:, None] * kv_heads + heads) * LOGICAL_BLOCK + offset[:, None]
+    return flat.ravel()
+
+
 def _groups(meta: BatchMeta, device: torch.device, split: int) -> list[Group]:
     lengths = np.diff(meta.query_starts)
-    _check_last(meta, lengths)
+    check_last(meta, lengths)
     groups = [
         _group(meta, np.array([s]), device, int(lengths[s]), 1) for s in np.flatnonzero(lengths > 1)
     ]
@@ -95,7 +121,7 @@ def _groups(meta: BatchMeta, device: torch.device, split: int) -> list[Group]:
     return groups
 
 
-def _check_last(meta: BatchMeta, lengths: HostArray) -> None:
+def check_last(meta: BatchMeta, lengths: HostArray) -> None:
     """Refuse queries that are not the last tokens of their context: the mask could not say so."""
     for s in np.flatnonzero(lengths > 0):
         rows = slice(int(meta.query_starts[s]), int(meta.query_starts[s + 1]))
@@ -125,18 +151,28 @@ def _group(
 
 
 class AscendCache(KVCache):
-    """Keys and values (blocks, 128, kv_heads, head_dim), bfloat16 heads padded to 16 columns."""
+    """Keys and values (blocks, 128, kv_heads, head_dim), heads padded to 16 columns, INT8's to 32.
 
-    def __init__(self, spec: CacheSpec, device: torch.device) -> None:
+    Of INT8 these are codes, and scales (blocks, kv_heads, 128) float32 stand beside them: one for
+    each token's key, and value, of a KV head. ``spare`` blocks follow those of the spec.
+    """
+
+    def __init__(self, spec: CacheSpec, device: torch.device, spare: int = 0) -> None:
+        limits.kv_format(spec.dtype, "float32")
         self.spec = spec
-        fused = spec.dtype == "bfloat16"
-        self.columns = limits.padded_head_dim(spec.head_dim) if fused else spec.head_dim
+        fused = spec.dtype != "float32"
+        self.columns = limits.padded_head_dim(spec.head_dim, spec.dtype) if fused else spec.head_dim
         if fused and spec.kv_heads > 1:
             limits.flat_cache(spec.kv_heads, self.columns)
-        shape = (spec.blocks, LOGICAL_BLOCK, spec.kv_heads, self.columns)
+        blocks = spec.blocks + spare
+        shape = (blocks, LOGICAL_BLOCK, spec.kv_heads, self.columns)
         self.k = torch.zeros(shape, dtype=TORCH_DTYPE[spec.dtype], device=device)
         self.v = torch.zeros_like(self.k)
-        self.nbytes = self.k.nbytes + self.v.nbytes
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if spec.scaled:
+            beside = (blocks, spec.kv_heads, LOGICAL_BLOCK)
+            self.scales = (torch.zeros(beside, device=device), torch.zeros(beside, device=device))
+        self.nbytes = sum(x.nbytes for x in self._stored())
 
     def write(self, k: Tensor, v: Tensor, batch: Batch) -> None:
         """Store each row at its slot."""
@@ -144,23 +180,36 @@ class AscendCache(KVCache):
             return
         if batch.kept is not None:
             k, v = k.index_select(0, batch.kept), v.index_select(0, batch.kept)
-        k, v = widened(k, self.columns), widened(v, self.columns)
-        vendor.write_cache(k.contiguous(), v.contiguous(), self.k, self.v, batch.slots)
+        if self.scales is not None:
+            k, v = (self._quantised(x, held, batch) for x, held in zip((k, v), self.scales,
+                                                                       strict=True))  # fmt: skip
+        k, v = (widened(x.to(self.k.dtype), self.columns).contiguous() for x in (k, v))
+        vendor.write_cache(k, v, self.k, self.v, batch.slots)
+
+    def _quantised(self, x: Tensor, scales: Tensor, batch: Batch) -> Tensor:
+        """Return codes of x (rows, kv_heads, head_dim) and store their scales."""
+        codes, scale = quantise_runs(x)
+        scales.view(-1).index_copy_(0, batch.scale_places(self.spec.kv_heads), scale.view(-1))
+        return codes
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        return (self.k, self.v, *(self.scales or ()))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy one block after another."""
         for source, target in pairs:
-            for stored in (self.k, self.v):
+            for stored in self._stored():
                 stored[target].copy_(stored[source])
 
     def read(self, blocks: Sequence[int]) -> tuple[HostArray, HostArray]:
-        """Return copies of whole blocks, without the padding."""
+        """Return copies of whole blocks, without the padding; of INT8 code · scale in float32."""
         chosen = torch.tensor(list(blocks), dtype=torch.int32).to(self.k.device)
-        k, v = (
-            to_host(stored.index_select(0, chosen).cpu()[..., : self.spec.head_dim])
-            for stored in (self.k, self.v)
-        )
-        return k, v
+        found = [x.index_select(0, chosen).cpu() for x in self._stored()]
+        k, v = (x[..., : self.spec.head_dim] for x in found[:2])
+        if self.scales is not None:
+            k, v = (x.float() * s.transpose(1, 2)[..., None]
+                    for x, s in zip((k, v), found[2:], strict=True))  # fmt: skip
+        return to_host(k), to_host(v)
 
     def paged(self, stored: Tensor) -> Tensor:
         """Return keys or values as ``vendor.fused_attention`` reads them."""
@@ -169,10 +218,19 @@ class AscendCache(KVCache):
             return stored.view(blocks, 1, block, columns)
         return stored.view(blocks, block, kv_heads * columns)
 
-    def gather(self, stored: Tensor, table: Tensor, length: int) -> Tensor:
-        """Return a sequence's first keys or values. Shapes: table (blocks,) -> (kv, length, d)."""
-        found = stored.index_select(0, table).flatten(0, 1)[:length]
-        return found.transpose(0, 1)
+    def gather(self, table: Tensor, length: int) -> list[Tensor]:
+        """Return a sequence's first keys and values in float32, the padding's columns too.
+
+        Shapes: table (blocks,) -> (kv_heads, length, columns) twice.
+        """
+        found = []
+        for number, stored in enumerate((self.k, self.v)):
+            x = stored.index_select(0, table).float()  # (blocks, 128, kv_heads, columns)
+            if self.scales is not None:
+                scale = self.scales[number].index_select(0, table)
+                x = x * scale.transpose(1, 2)[..., None]
+            found.append(x.flatten(0, 1)[:length].transpose(0, 1))
+        return found
 
 
 def widened(x: Tensor, columns: int) -> Tensor:
@@ -190,13 +248,14 @@ def causal_mask(device: torch.device) -> Tensor:
 def attention(q: Tensor, cache: AscendCache, batch: Batch, *, scale: float) -> Tensor:
     """See ``reference.attention.attention``."""
     out = torch.zeros_like(q) if batch.padded or not batch.groups else torch.empty_like(q)
-    attend = _fused if q.dtype == torch.bfloat16 else _composed
     for group in batch.groups:
         rows, split = q[group.rows], batch.split_tokens
         if batch.triton and group.queries == 1:
             out[group.rows] = _decoded(batch.triton, rows, cache, group, scale, split)
+        elif q.dtype == torch.bfloat16 and not (cache.scales and group.queries > 1):
+            out[group.rows] = _fused(rows, cache, group, scale, split)
         else:
-            out[group.rows] = attend(rows, cache, group, scale, split)
+            out[group.rows] = _composed(rows.float(), cache, group, scale).to(q.dtype)
     return out
 
 
@@ -247,6 +306,7 @@ def _part(
         block_size=LOGICAL_BLOCK,
         kv_lengths=contexts,
         lse=lse,
+        scales=cache.scales,
     )
 
 
@@ -263,12 +323,12 @@ def _in_parts(q: Tensor, cache: AscendCache, group: Group, scale: float, split: 
     return vendor.merge_parts(sums, outs).view(q.shape)
 
 
-def _composed(q: Tensor, cache: AscendCache, group: Group, scale: float, _: int) -> Tensor:
-    """Attend sequence by sequence. Shapes: q (rows, heads, d) -> the same."""
+def _composed(q: Tensor, cache: AscendCache, group: Group, scale: float) -> Tensor:
+    """Attend sequence by sequence in float32. Shapes: q (rows, heads, d) -> the same."""
     parts = []
     for s, context in enumerate(group.contexts):
         used = group.table[s, : -(-context // LOGICAL_BLOCK)]
-        k, v = (cache.gather(stored, used, context) for stored in (cache.k, cache.v))
+        k, v = (x[..., : q.shape[-1]] for x in cache.gather(used, context))
         rows = q[s * group.queries : (s + 1) * group.queries]
         step = max(1, SCORES_AT_ONCE // (q.shape[1] * context))
         for start in range(0, group.queries, step):

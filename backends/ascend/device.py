@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from step3_hetero.backend import (
     BatchMeta,
     Device,
     DeviceInfo,
+    Done,
     Event,
     Kernel,
     KVCache,
@@ -26,6 +26,7 @@ from step3_hetero.backend import (
 )
 from step3_hetero.backends.ascend import (
     attention,
+    copies,
     decode,
     driver,
     limits,
@@ -37,12 +38,13 @@ from step3_hetero.backends.ascend import (
     sampling,
     vision,
 )
+from step3_hetero.backends.ascend.graphs import SPARE_BLOCKS, DecodeBatch, graphed
 from step3_hetero.backends.ascend.requantise import Requantised
 from step3_hetero.backends.ascend.stages import AscendAttention, AscendFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
 from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.composed import compose, invariant
-from step3_hetero.errors import TransportTimeout, UnsupportedOp
+from step3_hetero.errors import UnsupportedOp
 from step3_hetero.specs import (
     AttentionSpec,
     CacheSpec,
@@ -78,27 +80,9 @@ KERNELS: Mapping[str, Kernel] = {
     "swiglu": moe.swiglu,
 }
 
-POLL_S = 0.0002
-"""Pause between two looks at an event that has a deadline."""
 
-
-class NpuEvent(Event):
-    """The point that the device's queue had reached when this was made."""
-
-    def __init__(self) -> None:
-        self._event = driver.module().Event()
-        self._event.record()
-
-    def wait(self, deadline_s: float | None = None) -> None:
-        """Block until the device has passed the point."""
-        if deadline_s is None:
-            self._event.synchronize()
-            return
-        end = time.monotonic() + deadline_s
-        while not self._event.query():
-            if time.monotonic() > end:
-                raise TransportTimeout(f"the NPU did not reach a copy's end in {deadline_s:g} s")
-            time.sleep(POLL_S)
+LARGE_BYTES = 2 * copies.PIECE_BYTES
+"""Smaller arrays are copied in one go: there is nothing to overlap."""
 
 
 class AscendDevice(Device):
@@ -106,8 +90,8 @@ class AscendDevice(Device):
 
     ``kv_split`` cuts the contexts of decoding sequences into parts of that many tokens; ``nz``
     holds matrices in the cube unit's own format; ``triton`` launches the decode kernel, which is
-    used where it is given. ``manifest`` lists every tensor that was
-    requantised on its way here.
+    used where it is given; ``graphs`` captures decode steps. ``manifest`` lists every tensor that
+    was requantised on its way here.
     """
 
     kernels = KERNELS
@@ -120,25 +104,46 @@ class AscendDevice(Device):
         kv_split: int = 0,
         nz: bool = False,
         triton: decode.Launch | None = None,
+        graphs: bool = False,
     ) -> None:
         self.info = info
         self.index = index
         self.kv_split = kv_split
         self.nz = nz
         self.triton = triton
+        self.graphs = graphs
         self.manifest: list[Requantised] = []
         driver.module().set_device(index)
         driver.exact_products()
+        if nz:
+            driver.allow_internal_formats()
+        self._staging: copies.Staging | None = None
         self.device = torch.device("npu", index)
         self._batch: attention.Batch | None = None
+        self._decoding: dict[tuple[int, int], DecodeBatch] = {}
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
-        """Copy to the device."""
-        return to_torch(x).to(TORCH_DTYPE[dtype or x.dtype.name]).to(self.device)
+        """Copy to the device, large arrays in pieces through pinned memory."""
+        host = to_torch(x).to(TORCH_DTYPE[dtype or x.dtype.name])
+        if host.nbytes < LARGE_BYTES:
+            return host.to(self.device)
+        out = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        self.staging.copy_in(host, out)
+        return out
 
     def to_host(self, x: Tensor) -> HostArray:
-        """Wait and copy back."""
-        return to_host(x.cpu())
+        """Wait and copy back, large arrays in pieces through pinned memory."""
+        if x.nbytes < LARGE_BYTES:
+            return to_host(x.cpu())
+        host = torch.empty(x.shape, dtype=x.dtype)
+        self.staging.copy_out(x.contiguous(), host)
+        return to_host(host)
+
+    @property
+    def staging(self) -> copies.Staging:
+        """Return the pinned buffers of large copies, made when the first one comes."""
+        self._staging = self._staging or copies.Staging()
+        return self._staging
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Return an uninitialised tensor."""
@@ -158,7 +163,7 @@ class AscendDevice(Device):
         made: Mapping[str, Callable[..., Weights]] = {
             "conv2d": self._prepare_conv,
             "embed": partial(linear.prepare_table, device=self.device),
-            "experts": partial(moe.prepare_experts, device=self.device),
+            "experts": partial(moe.prepare_experts, device=self.device, nz=self.nz),
             "linear": partial(linear.prepare_linear, device=self.device, nz=self.nz),
         }
         if op not in made:
@@ -182,7 +187,8 @@ class AscendDevice(Device):
         """Return a zeroed cache."""
         if self.triton:
             limits.decode_cache(spec.kv_heads, spec.head_dim, spec.dtype)
-        return attention.AscendCache(spec, self.device)
+        spare = SPARE_BLOCKS if self.graphs else 0
+        return attention.AscendCache(spec, self.device, spare)
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
@@ -198,25 +204,31 @@ class AscendDevice(Device):
         limits: Limits,
     ) -> Stage:
         """Build fused attention and FFN stages; the others are composed."""
+        stage: AscendAttention | AscendFfn
         if isinstance(spec, AttentionSpec) and isinstance(cache, attention.AscendCache):
-            return invariant(self, AscendAttention(self, spec, weights, cache))
-        if isinstance(spec, FfnSpec):
-            return invariant(self, AscendFfn(spec, weights))
-        return compose(self, spec, weights, cache, limits)
+            stage = AscendAttention(self, spec, weights, cache)
+        elif isinstance(spec, FfnSpec):
+            stage = AscendFfn(spec, weights)
+        else:
+            return compose(self, spec, weights, cache, limits)
+        if self.graphs and not spec.batch_invariant:
+            return graphed(stage, limits, self._decoding)
+        return invariant(self, stage)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory."""
-        pinned: npt.NDArray[np.uint8] = torch.empty(
-            nbytes, dtype=torch.uint8, pin_memory=True
-        ).numpy()
-        return pinned
+        return copies.pinned(nbytes)
 
     def copy_in(self, host: HostArray, out: Tensor) -> Event:
         """Queue a copy to the device; pinned memory is read while the host goes on."""
-        out.copy_(to_torch(host), non_blocking=True)
-        return NpuEvent()
+        source = to_torch(host)
+        out.copy_(source, non_blocking=True)
+        return copies.NpuEvent(keep=source)
 
     def copy_out(self, x: Tensor, host: HostArray) -> Event:
-        """Queue a copy to the host."""
+        """Queue a copy to the host; at once where ``host`` is not one run of memory."""
+        if not host.flags.c_contiguous:
+            host[...] = self.to_host(x)
+            return Done()
         to_torch(host).copy_(x, non_blocking=True)
-        return NpuEvent()
+        return copies.NpuEvent(keep=x)

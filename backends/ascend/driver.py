@@ -100,6 +100,11 @@ def exact_products() -> None:
     npu.conv.allow_hf32 = False
 
 
+def allow_internal_formats() -> None:
+    """Let ``npu_format_cast`` make fractal arrays: without this it returns what it is given."""
+    module().config.allow_internal_format = True
+
+
 def library_version() -> str:
     """Return the version of torch_npu, or why there is none."""
     if named := stand_in():

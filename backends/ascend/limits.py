@@ -26,11 +26,20 @@ MASK_SIDE = 2048
 
 INT32_MAX = 2**31 - 1
 
+NZ = 29
+"""ACL's number of the fractal format, in which the cube unit reads a matrix without reordering."""
+
 MOST_POSITIONS = 65536
 """Rows of the rotary table that a device holds: Step-3's max_position_embedding."""
 
 FRACTAL = 16
 """Head dims of bfloat16 are multiples of this; shorter ones are padded with zeros."""
+
+FRACTAL_INT8 = 32
+"""The same of INT8 keys and values. The documents ask it of prompts only; held for all."""
+
+PER_TOKEN_HEAD_PAGED = 5
+"""key_antiquant_mode: a scale for each token and KV head, in pages as the codes are."""
 
 
 class LimitExceeded(UnsupportedOp):
@@ -58,9 +67,8 @@ def head_ratio(heads: int, kv_heads: int) -> None:
     """At most 64 query heads read one KV head; Step-3's MFA is at the limit."""
     if kv_heads < 1 or heads % kv_heads:
         said = f"{heads} query heads over {kv_heads} KV heads"
-        raise LimitExceeded(
-            "head ratio", said, "a whole ratio", FUSED_ATTENTION, "change the model"
-        )
+        raise LimitExceeded("head ratio", said, "a whole ratio", FUSED_ATTENTION,
+                            "change the model")  # fmt: skip
     ratio = heads // kv_heads
     todo = f"split the query heads over {-(-ratio // 64)} tensor-parallel ranks, the KV head copied"
     _most("head ratio", ratio, 64, FUSED_ATTENTION, todo)
@@ -72,21 +80,23 @@ def query_heads(heads: int) -> None:
     _most("query heads", heads, 256, FUSED_ATTENTION, todo)
 
 
-def head_dim(size: int) -> None:
-    """To 512, and for bfloat16 a multiple of 16 (padded_head_dim makes it one)."""
+def head_dim(size: int, kv: str = "bfloat16") -> None:
+    """To 512, a multiple of 16, of 32 over an INT8 cache (padded_head_dim makes it one)."""
     _most("head dim", size, 512, FUSED_ATTENTION, "no operator of the 910B attends so wide")
-    if size % FRACTAL:
-        todo = f"pad the heads to {padded_head_dim(size)}"
-        raise LimitExceeded("head dim", size, "multiples of 16", FUSED_ATTENTION, todo)
+    step = FRACTAL_INT8 if kv == "int8" else FRACTAL
+    if size % step:
+        todo = f"pad the heads to {padded_head_dim(size, kv)}"
+        raise LimitExceeded("head dim", size, f"multiples of {step}", FUSED_ATTENTION, todo)
 
 
-def padded_head_dim(size: int) -> int:
-    """Return the next multiple of 16.
+def padded_head_dim(size: int, kv: str = "bfloat16") -> int:
+    """Return the next multiple of 16, of 32 for keys and values in INT8.
 
-    >>> padded_head_dim(24), padded_head_dim(256)
-    (32, 256)
+    >>> padded_head_dim(24), padded_head_dim(256), padded_head_dim(40, "int8")
+    (32, 256, 64)
     """
-    return -(-size // FRACTAL) * FRACTAL
+    step = FRACTAL_INT8 if kv == "int8" else FRACTAL
+    return -(-size // step) * step
 
 
 def layout(name: str, size: int, *, paged: bool) -> None:
@@ -101,9 +111,9 @@ def layout(name: str, size: int, *, paged: bool) -> None:
     _one_of("layout", name, known, FUSED_ATTENTION, "use BNSD")
 
 
-def block_size(size: int, queries: int) -> None:
-    """16 to 512 by 16 for one query, 128 to 512 by 128 for several: 128 serves both."""
-    step = 16 if queries == 1 else 128
+def block_size(size: int, queries: int, kv: str = "bfloat16") -> None:
+    """16 to 512 by 16 for one query, INT8 by 32, 128 to 512 by 128 for several: 128 serves all."""
+    step = (32 if kv == "int8" else 16) if queries == 1 else 128
     if size % step or not step <= size <= 512:
         said = f"{size} with {queries} queries"
         raise LimitExceeded("block size", said, f"{step} to 512 by {step}", FUSED_ATTENTION,
@@ -127,6 +137,21 @@ def kv_lengths(lengths: Sequence[int] | None, seqs: int, queries: int) -> None:
     if queries == 1 and lengths:
         todo = "set option kv_split, so that contexts are attended in parts"
         _most("KV lengths", max(lengths), 262144, FUSED_ATTENTION, todo, least=0)
+
+
+def kv_scales(shape: Sequence[int] | None, dtype: str, query_dtype: str,
+              cache: tuple[int, int, int], queries: int) -> None:  # fmt: skip
+    """Scales of an INT8 cache of (blocks, kv_heads, block): that shape, float32; one query each.
+
+    Prompts read no scales from pages.
+    """
+    todo = "compose a prompt's attention of products and softmax"
+    _most("KV scales, queries", queries, 1, FUSED_ATTENTION, todo)
+    _one_of("KV scales, query dtype", query_dtype, ("bfloat16",), FUSED_ATTENTION, "use bfloat16")
+    if shape is None or dtype != "float32" or tuple(shape) != cache:
+        given = "none" if shape is None else f"{dtype} {tuple(shape)}"
+        raise LimitExceeded("KV scales", given, f"float32 {cache}", FUSED_ATTENTION,
+                            "give one for each token and KV head")  # fmt: skip
 
 
 def sequences(count: int) -> None:
@@ -231,6 +256,19 @@ def inner_axis(op: str, size: int) -> None:
     _most("inner axis", size, 65535, f"DOCS {op}", "split the matrix over tensor-parallel ranks")
 
 
+def fractal(rows: int, columns: int) -> None:
+    """A product takes a fractal matrix of 2 x 2 or more."""
+    source = "FIELD vllm-ascend 10287: aclnnMatmulWeightNz"
+    _most("NZ matrix", min(rows, columns), INT32_MAX, source, "leave option nz off", least=2)
+
+
+def fractal_format(number: int) -> None:
+    """The cast leaves the format as it is, without a word, while internal formats are forbidden."""
+    source = "FIELD vllm-ascend 2549"
+    todo = "set torch.npu.config.allow_internal_format, or leave option nz off"
+    _one_of("NZ format", number, (NZ,), source, todo)
+
+
 def unpermuted(top_k: int) -> None:
     """At most 512 rows a token are added up."""
     source = "DOCS npu_moe_token_unpermute"
@@ -269,6 +307,19 @@ def wire(dtype: object) -> None:
     _one_of("wire dtype", dtype, ("int8",), "CANN: Atlas A2 has no FP8", todo)
 
 
+def kv_format(form: str | None, dtype: str) -> None:
+    """As the activations, bfloat16, or INT8 with a scale for each token and KV head; no FP8."""
+    known = (*COMPUTED, "int8") if dtype == "float32" else ("bfloat16", "int8")
+    todo = "set runtime.kv_dtype to auto, bf16 or int8"
+    _one_of("KV dtype", form or dtype, known, "CANN: Atlas A2 has no FP8", todo)
+
+
+def graph_dtype(dtype: str) -> None:
+    """Only the fused operator's attention is captured; float32 is composed context by context."""
+    todo = "set runtime.dtype to bf16, or leave option graphs off"
+    _one_of("graphs, attention dtype", dtype, ("bfloat16",), "this backend", todo)
+
+
 def weights(form: str | None, dtype: str, op: str) -> None:
     """As stored by the role: float32, bfloat16, or INT8 for bfloat16 products."""
     todo = "FP8 checkpoints are requantised at load: use auto, bf16 or int8"
@@ -289,12 +340,6 @@ ON_CHIP_BYTES = MappingProxyType(
      "L0C": 128 << 10}
 )  # fmt: skip
 """Bytes of each memory beside one core."""
-
-CORES = MappingProxyType(
-    {"Ascend910B1": (24, 48), "Ascend910B2": (24, 48), "Ascend910B2C": (24, 48),
-     "Ascend910B3": (20, 40), "Ascend910B4": (20, 40), "Ascend910B4-1": (20, 40)}
-)  # fmt: skip
-"""Cube and vector cores by the driver's name of the chip."""
 
 
 def on_chip(memory: Memory, nbytes: int) -> None:

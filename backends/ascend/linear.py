@@ -60,7 +60,10 @@ class LinearWeights(Weights):
 def prepare_linear(
     tensors: Mapping[str, HostTensor], spec: OpSpec, device: torch.device, *, nz: bool = False
 ) -> LinearWeights:
-    """Write the matrices into one, as INT8 where the weight format says so."""
+    """Write the matrices into one, as INT8 where the weight format says so.
+
+    With ``nz`` bfloat16 and INT8 are held in the cube unit's format; float32 stays as it is.
+    """
     matrices = [t for name, t in tensors.items() if name != "bias"]
     outputs, inputs = sum(t.shape[0] for t in matrices), matrices[0].shape[1]
     dtype = TORCH_DTYPE[str(spec.parameters.get("out_dtype", spec.dtype))]
@@ -78,9 +81,9 @@ def prepare_linear(
             manifest.append(load_rows(tensor, matrix[rows], spec.weight_format))
     bias = dense(tensors["bias"], dtype).to(device) if "bias" in tensors else None
     held = [x for x in (matrix, bias, scale) if x is not None]
-    method = manifest[0].method + (", NZ" if nz else "")
-    if nz:
-        matrix = vendor.to_nz(matrix)
+    method = manifest[0].method
+    if nz and matrix.dtype != torch.float32:
+        matrix, method = vendor.to_nz(matrix), f"{method}, NZ"
     nbytes = sum(x.nbytes for x in held)
     return LinearWeights(matrix, bias, scale, manifest, tensors, method, nbytes)
 

@@ -68,9 +68,9 @@ class ExpertWeights(Weights):
 
 
 def prepare_experts(
-    tensors: Mapping[str, HostTensor], spec: OpSpec, device: torch.device
+    tensors: Mapping[str, HostTensor], spec: OpSpec, device: torch.device, *, nz: bool = False
 ) -> ExpertWeights:
-    """Write gate beside up and down, transposed, expert by expert."""
+    """Write gate beside up and down, transposed, expert by expert; ``nz`` as for linear."""
     experts, inter, hidden = tensors["gate"].shape
     int8 = spec.weight_format == "int8"
     dtype = torch.int8 if int8 else TORCH_DTYPE[spec.dtype]
@@ -92,6 +92,8 @@ def prepare_experts(
                 manifest.append(load_int8(tensor, target, scales[number][expert, columns]))
     nbytes = sum(x.nbytes for x in (both, back, *(scales or ())))
     method = manifest[0].method + ", transposed"
+    if nz and dtype != torch.float32:
+        both, back, method = vendor.to_nz(both), vendor.to_nz(back), f"{method}, NZ"
     return ExpertWeights(both, back, scales, manifest, tensors, method, nbytes)
 
 

@@ -43,10 +43,16 @@ def quantise(x: Tensor, *, dtype: str) -> tuple[Tensor, Tensor]:
     tokens, n = x.shape
     runs = -(-n // FP8_BLOCK)
     split = F.pad(x.float(), (0, runs * FP8_BLOCK - n)).view(tokens, runs, FP8_BLOCK)
-    scale = split.abs().amax(-1) / LARGEST_INT8
+    codes, scale = quantise_runs(split)
+    return codes.view(tokens, runs * FP8_BLOCK)[:, :n], scale
+
+
+def quantise_runs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``reference.quant.quantise_runs``; to INT8."""
+    wide = x.float()
+    scale = wide.abs().amax(-1) / LARGEST_INT8
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    q = (split / scale[..., None]).view(tokens, runs * FP8_BLOCK)[:, :n]
-    return q.round().to(torch.int8), scale
+    return (wide / scale[..., None]).round().to(torch.int8), scale
 
 
 def dequantise(q: Tensor, scale: Tensor, *, dtype: str) -> Tensor:

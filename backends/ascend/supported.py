@@ -30,15 +30,14 @@ def check(spec: OpSpec) -> None:
 def _attention(spec: OpSpec) -> None:
     kv_heads = spec.dims.get("kv_heads", 1)
     heads = spec.dims.get("heads", kv_heads)
-    if spec.kv_format not in (None, spec.dtype):
-        raise limits.LimitExceeded("KV dtype", spec.kv_format, spec.dtype, "this backend",
-                                   "leave runtime.kv_dtype at auto")  # fmt: skip
+    limits.kv_format(spec.kv_format, spec.dtype)
     if spec.dtype != "bfloat16":  # composed of plain products, which have no such limits
         return
     limits.query_heads(heads)
     limits.head_ratio(heads, kv_heads)
-    size = limits.padded_head_dim(spec.dims.get("head_dim", limits.FRACTAL))
-    limits.head_dim(size)
+    kv = spec.kv_format or spec.dtype
+    size = limits.padded_head_dim(spec.dims.get("head_dim", limits.FRACTAL), kv)
+    limits.head_dim(size, kv)
     if kv_heads > 1:
         limits.flat_cache(kv_heads, size)
 

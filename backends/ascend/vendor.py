@@ -14,9 +14,6 @@ from torch import Tensor
 
 from step3_hetero.backends.ascend import limits
 
-NZ = 29
-"""ACL's number of the fractal format, in which the cube unit reads a matrix without reordering."""
-
 
 def _npu() -> Any:
     return torch.ops.npu
@@ -41,28 +38,38 @@ def fused_attention(
     block_size: int = 0,
     kv_lengths: Sequence[int] | None = None,
     lse: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """npu_fused_infer_attention_score.
 
     Shapes: query (seqs, heads, queries, head_dim), key, value (seqs, kv_heads, keys, head_dim), or
     with a block table (blocks, kv_heads, block, head_dim) or (blocks, block, kv_heads · head_dim)
-    -> query's shape, log-sum-exp (seqs, heads, queries, 1) float32.
+    -> query's shape, log-sum-exp (seqs, heads, queries, 1) float32. INT8 keys and values need their
+    scales, each (blocks, kv_heads, block) float32.
     """
     seqs, heads, queries, head_dim = query.shape
     limits.layout(layout, head_dim, paged=block_table is not None)
     limits.sequences(seqs)
     limits.query_heads(heads)
     limits.head_ratio(heads, kv_heads)
-    limits.head_dim(head_dim)
+    limits.head_dim(head_dim, dtype_name(key))
     if queries > 1:
         shape = None if mask is None else tuple(mask.shape)
         limits.mask(shape, None if mask is None else dtype_name(mask), sparse_mode)
     if block_table is not None:
-        limits.block_size(block_size, queries)
+        limits.block_size(block_size, queries, dtype_name(key))
         limits.kv_lengths(kv_lengths, seqs, queries)
         longest = -(-max(kv_lengths or [0]) // block_size)
         limits.block_table(tuple(block_table.shape), dtype_name(block_table), seqs, longest)
         limits.cache_elements(key.numel())
+    if key.dtype == torch.int8:
+        cache = (key.shape[0], kv_heads, block_size)
+        for held in scales or (None, None):
+            shape = None if held is None else tuple(held.shape)
+            form = "none" if held is None else dtype_name(held)
+            limits.kv_scales(shape, form, dtype_name(query), cache, queries)
+    key_scale, value_scale = scales or (None, None)
+    mode = 0 if scales is None else limits.PER_TOKEN_HEAD_PAGED
     out, sums = _npu().npu_fused_infer_attention_score(
         query,
         key,
@@ -77,6 +84,10 @@ def fused_attention(
         sparse_mode=sparse_mode,
         block_size=block_size,
         softmax_lse_flag=lse,
+        key_antiquant_scale=key_scale,
+        value_antiquant_scale=value_scale,
+        key_antiquant_mode=mode,
+        value_antiquant_mode=mode,
     )
     return out, sums
 
@@ -238,6 +249,8 @@ def quantised_product(x: Tensor, weight: Tensor, scale: Tensor, row_scale: Tenso
 
 
 def to_nz(weight: Tensor) -> Tensor:
-    """npu_format_cast to the fractal format."""
-    out: Tensor = _npu().npu_format_cast(weight, NZ)
+    """npu_format_cast to the fractal format. Shapes: (..., rows, columns) -> the same."""
+    limits.fractal(*weight.shape[-2:])
+    out: Tensor = _npu().npu_format_cast(weight, limits.NZ)
+    limits.fractal_format(int(_npu().get_npu_format(out)))
     return out

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.ascend import cards, driver
+from step3_hetero.conformance.case import Case
+from step3_hetero.conformance.forms import OpTrial
+from step3_hetero.conformance.trial import expected_of
 from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.placement.catalogue import Catalogue
 from step3_hetero.specs import CacheSpec, OpSpec
@@ -82,7 +86,12 @@ def test_device_that_is_not_there_is_refused(backend):
     [
         (OpSpec("attention", "bfloat16", {"heads": 128, "kv_heads": 1, "head_dim": 256}), "head r"),
         (OpSpec("attention", "bfloat16", {"heads": 64, "kv_heads": 1, "head_dim": 513}), "head d"),
-        (OpSpec("attention", "bfloat16", {"heads": 64, "kv_heads": 1}, {}, None, "int8"), "KV dt"),
+        (OpSpec("attention", "bfloat16", {"heads": 64}, {}, None, "float8_e4m3fn"), "KV dt"),
+        (OpSpec("attention", "bfloat16", {"heads": 64}, {}, None, "float32"), "KV dt"),
+        (
+            OpSpec("attention", "bfloat16", {"heads": 64, "head_dim": 513}, {}, None, "int8"),
+            "head d",
+        ),
         (OpSpec("rope", "float32", {"heads": 64, "head_dim": 896}), "rotary"),
         (OpSpec("route", "float32", {"experts": 48}, {"top_k": 49}), "top-k"),
         (OpSpec("experts", "bfloat16", {"experts": 1}), "groups"),
@@ -104,6 +113,7 @@ def test_supports_takes_the_released_models_sizes(backend):
     heads = {"heads": 64, "kv_heads": 1, "head_dim": 256}
     experts = {"experts": 48, "top_k": 3, "hidden": 7168, "inter": 5120}
     for spec in (OpSpec("attention", "bfloat16", heads, kv_format="bfloat16"),
+                 OpSpec("attention", "bfloat16", heads, kv_format="int8"),
                  OpSpec("rope", "bfloat16", heads, {"theta": 5e5}),
                  OpSpec("experts", "bfloat16", experts, weight_format="int8"),
                  OpSpec("linear", "bfloat16", {"in": 16384, "out": 7168}, weight_format="int8"),
@@ -154,3 +164,25 @@ def test_contexts_in_parts_give_what_whole_ones_give(backend):
     for trial in chosen:
         result = examine(backend, split, trial)
         assert result.status == "passed", result
+
+
+def test_128_query_heads_over_one_are_what_two_ranks_of_64_attend(backend, device):
+    """What the limit's sentence advises: each rank has half the query heads and all of the KV."""
+    dims = {"heads": 128, "kv_heads": 1, "head_dim": 32, "queries": (1, 1, 3),
+            "contexts": (130, 5, 17), "blocks": 4, "padding": 0}  # fmt: skip
+    trial = OpTrial(Case("attention", "bfloat16", dims, {"scale": 0.2}))
+    whole = OpSpec("attention", "bfloat16", {"heads": 128, "kv_heads": 1, "head_dim": 32})
+    assert "split the query heads over 2 tensor-parallel ranks" in backend.supports(
+        device.info, whole
+    )
+    inputs, expected = expected_of(trial)
+    parts = []
+    for rank in range(2):
+        own = np.ascontiguousarray(inputs.arrays["q"][:, 64 * rank : 64 * (rank + 1)])
+        placed = trial.place(
+            device, replace(inputs, arrays={**inputs.arrays, "q": own}), "bfloat16"
+        )
+        parts.append(device.to_host(trial.call(device, placed, "bfloat16")["out"]))
+    judged = expected.judged("out", np.concatenate(parts, 1))
+    assert (judged.row_error <= judged.row_bound).all()
+    assert (judged.element_error <= judged.element_bound).all()

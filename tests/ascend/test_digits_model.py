@@ -24,7 +24,7 @@ def requests():
     return asked + [Request(SUM, short, [pictures[a], pictures[b]]) for a, b in held.pairs[:ASKED]]
 
 
-def answers(requests, attention, experts, *, model=TINY, dtype="fp32", **options):
+def answers(requests, attention, experts, *, model=TINY, dtype="fp32", kv="auto", **options):
     roles = {
         "a": {"stages": ["embed", "vision", "attention", "head", "ffn[0,3]"],
               "backend": attention},
@@ -33,7 +33,8 @@ def answers(requests, attention, experts, *, model=TINY, dtype="fp32", **options
     for role in roles.values():
         if role["backend"] == "ascend":
             role["options"] = options
-    config = {"version": 1, "model": str(model), "roles": roles, "runtime": {"dtype": dtype}}
+    config = {"version": 1, "model": str(model), "roles": roles,
+              "runtime": {"dtype": dtype, "kv_dtype": kv}}  # fmt: skip
     with load(config) as engine:
         return [done.text for done in engine.generate_all(requests)]
 
@@ -54,6 +55,22 @@ def test_answers_are_the_references_wherever_ascend_stands(attention, experts, r
 def test_answers_in_bfloat16_with_contexts_cut_in_parts(requests, wanted):
     found = answers(requests, "ascend", "ascend", dtype="bf16", kv_split=128)
     assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= len(wanted) - 1
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_answers_from_graphs_are_those_without(kv, requests):
+    plain, replayed = (
+        answers(requests, "ascend", "ascend", dtype="bf16", kv=kv, graphs=graphs)
+        for graphs in (False, True)
+    )
+    assert replayed == plain
+
+
+def test_answers_over_an_int8_cache_are_the_references_over_one(requests):
+    over_int8 = answers(requests, "reference", "reference", kv="int8")
+    assert answers(requests, "ascend", "ascend", kv="int8") == over_int8
+    found = answers(requests, "ascend", "ascend", dtype="bf16", kv="int8")
+    assert sum(a == b for a, b in zip(found, over_int8, strict=True)) >= len(over_int8) - 1
 
 
 def test_block_fp8_checkpoint_is_requantised_and_still_answers(requests, wanted, tmp_path):

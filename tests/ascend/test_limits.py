@@ -11,18 +11,23 @@ EP = partial(l.expert_parallel, tokens=1, hidden=1, top_k=1, shared_experts=0)
 EP16 = partial(l.expert_parallel, 16)
 ONE = {"tokens": 1, "hidden": 1, "top_k": 1, "shared_experts": 0}
 MASK = (2048, 2048)
+PAGES = (4, 1, 128)
+SCALES = ("float32", "bfloat16", PAGES, 1)
 
 BOUNDS = {
     "head ratio": [(l.head_ratio, (64, 1), (65, 1)), (l.head_ratio, (128, 2), (128, 1)),
                    (l.head_ratio, (6, 3), (7, 3)), (l.head_ratio, (1, 1), (1, 0))],
     "query heads": [(l.query_heads, (256,), (257,)), (l.query_heads, (1,), (0,))],
     "head dim": [(l.head_dim, (512,), (528,)), (l.head_dim, (256,), (255,)),
-                 (l.head_dim, (16,), (0,))],
+                 (l.head_dim, (16,), (0,)), (l.head_dim, (512, "int8"), (544, "int8")),
+                 (l.head_dim, (32, "int8"), (48, "int8"))],
     "layout": [(partial(l.layout, paged=True), ("BNSD", 256), ("TND", 128)),
                (partial(l.layout, paged=False), ("TND", 128), ("TND", 256)),
                (partial(l.layout, paged=False), ("BSH", 256), ("NTD", 128))],
     "block size": [(l.block_size, (512, 2), (640, 2)), (l.block_size, (128, 2), (64, 2)),
-                   (l.block_size, (16, 1), (8, 1)), (l.block_size, (496, 1), (528, 1))],
+                   (l.block_size, (16, 1), (8, 1)), (l.block_size, (496, 1), (528, 1)),
+                   (l.block_size, (32, 1, "int8"), (16, 1, "int8")),
+                   (l.block_size, (480, 1, "int8"), (496, 1, "int8"))],
     "block table": [(l.block_table, ((3, 4), "int32", 3, 4), ((3, 4), "int32", 3, 5)),
                     (l.block_table, ((3, 4), "int32", 3, 4), ((3, 4), "int64", 3, 4)),
                     (l.block_table, ((3, 4), "int32", 3, 4), ((3, 4), "int32", 2, 4)),
@@ -30,6 +35,16 @@ BOUNDS = {
     "KV lengths": [(l.kv_lengths, ([262144], 1, 1), ([262145], 1, 1)),
                    (l.kv_lengths, ([262145], 1, 2), (None, 1, 2)),
                    (l.kv_lengths, ([1, 1], 2, 1), ([1], 2, 1))],
+    "KV scales": [(l.kv_scales, (PAGES, *SCALES), ((4, 128), *SCALES)),
+                  (l.kv_scales, (PAGES, *SCALES), (None, *SCALES)),
+                  (l.kv_scales, (PAGES, *SCALES), (PAGES, "bfloat16", *SCALES[1:]))],
+    "KV scales, queries": [(l.kv_scales, (PAGES, *SCALES), (PAGES, *SCALES[:3], 2))],
+    "KV scales, query dtype": [(l.kv_scales, (PAGES, *SCALES),
+                                (PAGES, "float32", "float16", PAGES, 1))],
+    "KV dtype": [(l.kv_format, ("int8", "bfloat16"), ("float8_e4m3fn", "bfloat16")),
+                 (l.kv_format, ("bfloat16", "float32"), ("float32", "bfloat16")),
+                 (l.kv_format, (None, "float32"), ("float64", "float32"))],
+    "graphs, attention dtype": [(l.graph_dtype, ("bfloat16",), ("float32",))],
     "sequences": [(l.sequences, (65536,), (65537,))],
     "cache elements": [(l.cache_elements, (2**31 - 1,), (2**31,))],
     "cache row": [(l.flat_cache, (85, 771), (256, 256))],
@@ -61,6 +76,8 @@ BOUNDS = {
     "group list": [(l.groups, (48, "int64"), (48, "int32"))],
     "group list type": [(l.groups, (48, "int64", 0), (48, "int64", 2))],
     "inner axis": [(l.inner_axis, ("npu_grouped_matmul", 65535), ("npu_grouped_matmul", 65536))],
+    "NZ matrix": [(l.fractal, (2, 2), (1, 64)), (l.fractal, (64, 2), (64, 1))],
+    "NZ format": [(l.fractal_format, (29,), (2,))],
     "rows a token": [(l.unpermuted, (512,), (513,))],
     "expert-parallel ranks": [(EP, (16,), (8,)), (EP, (64,), (65,)),
                               (partial(EP, version=2), (8,), (9,)),

@@ -32,6 +32,17 @@ def attend(heads=64, size=256, queries=1, block=128, **changes):
     return vendor.fused_attention(on(1, heads, queries, size), cache, cache, **given | changes)
 
 
+def attend_int8(size=256, queries=1, block=128, dtype=torch.float32, shape=None, **changes):
+    """Call it over one block of INT8 codes and their scales, with one thing changed."""
+    cache = on(1, 1, block, size, dtype=torch.int8)
+    scale = on(*(shape or (1, 1, block)), dtype=dtype)
+    given = {"kv_heads": 1, "scale": 0.0625, "block_table": ints([0]), "block_size": block,
+             "kv_lengths": [block], "scales": (scale, scale),
+             "mask": causal_mask(torch.device("npu", 0)) if queries > 1 else None,
+             "sparse_mode": 3 if queries > 1 else 0}  # fmt: skip
+    return vendor.fused_attention(on(1, 64, queries, size), cache, cache, **given | changes)
+
+
 def scatter(**changes):
     """Write one row of a cache, with one thing changed."""
     given = {"slots": ints(3), **changes}
@@ -62,7 +73,7 @@ def grouped(groups=2, columns=32, dtype=torch.int64):
     return vendor.grouped_product(on(4, 64), on(groups, 64, columns), counts)
 
 
-GOOD = [attend, scatter, rotated, routed, gathered, grouped,
+GOOD = [attend, attend_int8, scatter, rotated, routed, gathered, grouped,
         lambda: attend(queries=5), lambda: attend(heads=32, queries=5)]  # fmt: skip
 
 MISTAKES = {
@@ -91,6 +102,15 @@ MISTAKES = {
     "no mask in a causal prefill": ("mask", lambda: attend(queries=5, mask=None)),
     "a mask of numbers": ("mask", lambda: attend(queries=5, mask=on(2048, 2048))),
     "a sparse mode of prefixes": ("sparse mode", lambda: attend(queries=5, sparse_mode=5)),
+    "INT8 keys without scales": ("KV scales", lambda: attend_int8(scales=None)),
+    "scales of INT8 keys in bfloat16": ("KV scales", lambda: attend_int8(dtype=BF16)),
+    "scales token by token, not by head": (
+        "KV scales",
+        lambda: attend_int8(shape=(1, 128)),
+    ),
+    "INT8 keys in a prefill": ("KV scales, queries", lambda: attend_int8(queries=5)),
+    "head dim 48 of INT8 keys": ("head dim", lambda: attend_int8(size=48)),
+    "block size 16 of INT8 keys": ("block size", lambda: attend_int8(block=16)),
     "the default cache mode": ("cache mode", lambda: scatter(cache_mode="PA_NZ")),
     "slots in int16": ("slots", lambda: scatter(slots=ints(3, dtype=torch.int16))),
     "npu_apply_rotary_pos_emb with 256": (

@@ -49,8 +49,8 @@ def test_other_cache_dtype_is_refused_by_name(backend):
 
 
 def test_backend_without_the_format_is_told_before_anything_is_opened():
-    with pytest.raises(UnsupportedOp, match=r"cannot run attention.*int8.*leave runtime\.kv_dtype"):
-        resolve(Config.from_dict(config("step3", "int8", "ascend", dtype="bf16"), TINY))
+    with pytest.raises(UnsupportedOp, match=r"cannot run attention.*e4m3fn.*set runtime\.kv_dtype"):
+        resolve(Config.from_dict(config("step3", "fp8", "ascend", dtype="bf16"), TINY))
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])

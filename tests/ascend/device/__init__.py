@@ -41,7 +41,7 @@ def load() -> str:
 def _register_ops() -> None:
     import torch
 
-    from . import attention, dense, moe
+    from . import attention, dense, formats, moe
 
     vendor = torch.library.Library("npu", "DEF")
     for signature in SCHEMAS["ops"].values():
@@ -49,6 +49,8 @@ def _register_ops() -> None:
     for module in (attention, dense, moe):
         for name, function in module.OPS.items():
             vendor.impl(name, _on_host(name, function), "PrivateUse1")
+    for name, function in formats.OPS.items():
+        vendor.impl(name, function, "PrivateUse1")
     own = torch.library.Library("aten", "IMPL")
     own.impl(
         "convolution_overrideable",
@@ -106,6 +108,8 @@ def _device_module() -> types.ModuleType:
     """Return what becomes ``torch.npu``."""
     import torch
 
+    from . import formats, graphs
+
     module = types.ModuleType("torch.npu")
 
     def mem_get_info(_: Any = None) -> tuple[int, int]:
@@ -128,6 +132,8 @@ def _device_module() -> types.ModuleType:
         "get_rng_state": lambda _=0: torch.get_rng_state(),
         "set_rng_state": lambda state, _=0: torch.set_rng_state(state),
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
+        **graphs.MEMBERS,
+        "config": formats.CONFIG,
         # The vendor's defaults: products in float32, convolutions in HF32 (npu_config.py).
         "matmul": types.SimpleNamespace(allow_hf32=False),
         "conv": types.SimpleNamespace(allow_hf32=True),

@@ -17,8 +17,9 @@ FIA = "npu_fused_infer_attention_score"
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND", "TND")
 MASK_SIDE = 2048
 INT32_MAX = 2**31 - 1
+PER_TOKEN_HEAD_PAGED = 5
 DEFAULTS = {"pre_tokens": INT32_MAX, "next_tokens": INT32_MAX, "inner_precise": 0,
-            "antiquant_mode": 0, "key_antiquant_mode": 0, "value_antiquant_mode": 0}  # fmt: skip
+            "antiquant_mode": 0}  # fmt: skip
 
 
 def fused_infer_attention_score(
@@ -37,36 +38,39 @@ def fused_infer_attention_score(
     sparse_mode: int = 0,
     block_size: int = 0,
     softmax_lse_flag: bool = False,
+    key_antiquant_scale: Tensor | None = None,
+    value_antiquant_scale: Tensor | None = None,
+    key_antiquant_mode: int = 0,
+    value_antiquant_mode: int = 0,
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale·q·kᵀ + mask)·v, and max + log Σ exp of the scores.
 
     Shapes: query (B, N, S, D); key, value (B, kv, S, D), or with a block table (blocks, kv, block,
-    D) or (blocks, block, kv·D). Only BNSD is implemented; the limits of the others are held.
-    Assumed: sums in float32, rounded once.
+    D) or (blocks, block, kv·D). INT8 keys and values mean code · scale, for one query a sequence
+    with scales in pages (mode 5), (blocks, kv, block) float32. Only BNSD is implemented; the limits
+    of the others are held. Assumed: sums in float32, rounded once.
     """
     require_default(FIA, rest, DEFAULTS)
     kv_heads = num_key_value_heads or num_heads
+    scales = (key_antiquant_scale, value_antiquant_scale)
     _check_query(query, key, value, input_layout, num_heads, kv_heads, block_table)
-    require(FIA, sparse_mode in (0, 1, 2, 3, 4), f"sparse_mode {sparse_mode} is not implemented")
+    _check_scales(query, key, kv_heads, block_table, block_size, scales,
+                  (key_antiquant_mode, value_antiquant_mode))  # fmt: skip
     batch, _, queries, head_dim = query.shape
     lens = list(actual_seq_lengths or [queries] * batch)
     require(FIA, len(lens) in (1, batch), f"{len(lens)} query lengths for {batch} sequences")
     lens = lens * batch if len(lens) == 1 else lens
     require(FIA, max(lens) <= queries, f"a query length of {max(lens)} in an axis of {queries}")
-    causal = queries > 1 and sparse_mode == 3
-    if queries > 1 and sparse_mode >= 2:
-        require(FIA, sparse_mode == 3, f"sparse_mode {sparse_mode} has no implementation here")
-        _check_mask(atten_mask)
-    else:
-        require(FIA, atten_mask is None or queries == 1, "a full mask has no implementation here")
+    causal = _is_causal(queries, sparse_mode, atten_mask)
     if block_table is None:
         kv_lens = list(actual_seq_lengths_kv or [key.shape[2]] * batch)
         pages = [(key[b], value[b]) for b in range(batch)]
     else:
         kv_lens = _check_paged(key, value, block_table, actual_seq_lengths_kv, block_size, query,
                                kv_heads)  # fmt: skip
-        pages = [tuple(_pages(x, block_table[b], kv_heads, head_dim) for x in (key, value))
+        pages = [tuple(_pages(x, block_table[b], kv_heads, head_dim, s)
+                       for x, s in zip((key, value), scales, strict=True))
                  for b in range(batch)]  # fmt: skip
     out = torch.zeros_like(query)
     lse = torch.full((batch, num_heads, queries, 1), torch.inf)
@@ -80,9 +84,10 @@ def fused_infer_attention_score(
 def _check_query(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int,
                  table: Tensor | None) -> None:  # fmt: skip
     real = (torch.float16, torch.bfloat16)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        require_dtype(FIA, name, x, real)
-    require(FIA, query.dtype == key.dtype == value.dtype, "query, key and value differ in dtype")
+    require_dtype(FIA, "query", query, real)
+    for name, x in (("key", key), ("value", value)):
+        require_dtype(FIA, name, x, (query.dtype, torch.int8))
+    require(FIA, key.dtype == value.dtype, "key and value differ in dtype")
     require_contiguous(FIA, query=query, key=key, value=value)
     require(FIA, layout in LAYOUTS, f"layout {layout!r} is none of {LAYOUTS}")
     require(FIA, heads % kv_heads == 0 and heads // kv_heads <= 64,
@@ -95,7 +100,40 @@ def _check_query(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: 
     batch, _, queries, head_dim = query.shape
     require(FIA, 0 < batch <= 65536 and heads <= 256, f"{batch} sequences, {heads} heads")
     require(FIA, queries <= 20971520, f"{queries} queries")
-    require(FIA, head_dim <= 512 and head_dim % 16 == 0, f"head dim {head_dim}: to 512, by 16")
+    step = 32 if key.dtype == torch.int8 else 16
+    fits = head_dim <= 512 and head_dim % step == 0
+    require(FIA, fits, f"head dim {head_dim}: to 512, by {step}")
+
+
+def _check_scales(query: Tensor, key: Tensor, kv_heads: int, table: Tensor | None, block_size: int,
+                  scales: tuple[Tensor | None, Tensor | None],
+                  modes: tuple[int, int]) -> None:  # fmt: skip
+    if key.dtype != torch.int8:
+        require(FIA, scales == (None, None) and modes == (0, 0), "scales, and no INT8 keys")
+        return
+    known = query.shape[2] == 1 and table is not None
+    require(FIA, known, "INT8 keys of a prompt have no scales in pages; without pages they have no "
+            "implementation here")  # fmt: skip
+    same = modes == (PER_TOKEN_HEAD_PAGED,) * 2
+    require(FIA, same, f"antiquant modes {modes}: only 5 is implemented here, for both")
+    require(FIA, block_size % 32 == 0, f"block size {block_size}: by 32 for INT8")
+    for name, scale in zip(("key", "value"), scales, strict=True):
+        require(FIA, scale is not None, f"INT8 keys and values, and no {name}_antiquant_scale")
+        assert scale is not None
+        require_dtype(FIA, f"{name}_antiquant_scale", scale, (torch.float32,))
+        require_contiguous(FIA, **{f"{name}_antiquant_scale": scale})
+        shape = (len(key), kv_heads, block_size)
+        require(FIA, tuple(scale.shape) == shape, f"{tuple(scale.shape)}, documented: {shape}")
+
+
+def _is_causal(queries: int, sparse_mode: int, mask: Tensor | None) -> bool:
+    require(FIA, sparse_mode in (0, 1, 2, 3, 4), f"sparse_mode {sparse_mode} is not implemented")
+    if queries == 1 or sparse_mode < 2:
+        require(FIA, mask is None or queries == 1, "a full mask has no implementation here")
+        return False
+    require(FIA, sparse_mode == 3, f"sparse_mode {sparse_mode} has no implementation here")
+    _check_mask(mask)
+    return True
 
 
 def _check_mask(mask: Tensor | None) -> None:
@@ -132,11 +170,15 @@ def _check_paged(key: Tensor, value: Tensor, table: Tensor, kv_lens: Sequence[in
     return list(kv_lens)
 
 
-def _pages(cache: Tensor, row: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+def _pages(cache: Tensor, row: Tensor, kv_heads: int, head_dim: int,
+           scale: Tensor | None) -> Tensor:  # fmt: skip
     """Return one sequence's keys or values, (kv_heads, blocks · block_size, head_dim)."""
-    found = cache[row.long().clamp(0, len(cache) - 1)]
+    chosen = row.long().clamp(0, len(cache) - 1)
+    found = cache[chosen]
     if found.dim() == 3:
         found = found.unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
+    if scale is not None:
+        found = found.float() * scale[chosen][..., None]  # (blocks, kv_heads, block, head_dim)
     return found.transpose(0, 1).reshape(kv_heads, -1, head_dim)
 
 

@@ -140,14 +140,6 @@ def quant_matmul(
     return (product.float() * scale.float() * pertoken_scale[:, None]).to(target)
 
 
-def format_cast(
-    x: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: Any = None
-) -> Tensor:
-    """Return the array: a private format changes the order in memory, not what is computed."""
-    require("npu_format_cast", acl_format in (2, 29), f"format {acl_format}: 2 (ND) or 29 (NZ)")
-    return x.clone()
-
-
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
@@ -167,7 +159,6 @@ OPS: Mapping[str, Any] = {
     "npu_add_rms_norm": add_rms_norm,
     "npu_apply_rotary_pos_emb": apply_rotary_pos_emb,
     "npu_dynamic_quant": dynamic_quant,
-    "npu_format_cast": format_cast,
     "npu_quant_matmul": quant_matmul,
     "npu_rms_norm": rms_norm,
     "npu_rotary_mul": rotary_mul,

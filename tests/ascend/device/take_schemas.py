@@ -2,11 +2,13 @@
 
 Without a wheel the pinned one is downloaded, alone. ``schemas.json`` gets the wheel's name and
 digest, the signature of every vendor op that the backend or its tests name, a digest of the op's
-own documentation inside the wheel, and the names of torch's own ops that have an NPU kernel.
+own documentation inside the wheel, the names of torch's own ops that have an NPU kernel, and the
+parameters of what captures graphs.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -22,7 +24,14 @@ OUT = Path(__file__).with_name("schemas.json")
 LISTS = ("npu_native_functions.yaml", "npu_native_functions_by_codegen.yaml")
 DOCS = "torch_npu/_op_plugin_docs.py"
 
+RUNTIME = {
+    "graphs.py": ("NPUGraph.replay", "NPUGraph.update", "graph.__init__"),
+    "streams.py": ("Stream.wait_stream",),
+}
+"""Methods under ``torch.npu`` that the backend calls in Python, by the file of torch_npu/npu."""
+
 OPS = (
+    "get_npu_format",
     "npu_add_rms_norm",
     "npu_apply_rotary_pos_emb",
     "npu_attention_update",
@@ -50,6 +59,8 @@ def taken(wheel: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheel) as archive:
         lists = [yaml.safe_load(archive.read(f"torch_npu/csrc/aten/{name}")) for name in LISTS]
         docs = archive.read(DOCS).decode()
+        runtime = {name: _parameters(archive.read(f"torch_npu/npu/{file}").decode(), name)
+                   for file, names in RUNTIME.items() for name in names}  # fmt: skip
     schemas = {_name(s): s for y in lists for s in _signatures(y, "custom")}
     native = {_name(s).partition(".")[0] for y in lists for s in _signatures(y, "supported")}
     return {
@@ -59,6 +70,7 @@ def taken(wheel: Path) -> dict[str, Any]:
         "ops": {op: schemas[op] for op in OPS},
         "docs_sha256": {op: _digest(docs, op) for op in OPS},
         "native": sorted(native),
+        "runtime": runtime,
     }
 
 
@@ -67,6 +79,16 @@ def _signatures(listed: dict[str, Any], section: str) -> list[str]:
     entries = listed.get(section) or []
     found = [e["func"] if isinstance(e, dict) else e for e in entries]
     return [re.sub(r"\bself\b", "input", signature) for signature in found]
+
+
+def _parameters(source: str, name: str) -> list[str]:
+    """Return the parameters of a class's method."""
+    cls, _, method = name.partition(".")
+    [body] = [
+        n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == cls
+    ]
+    [found] = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == method]
+    return [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
 
 
 def _name(signature: str) -> str:

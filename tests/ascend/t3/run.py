@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from opencompiler import HERE, PACKAGES, NotRun, OnCpu, prepare
 
@@ -122,7 +124,10 @@ def main() -> int:
         print(f"tier 3: not run: {reason}")
         return 0
     print(f"{', '.join(PACKAGES)}; ready after {time.monotonic() - start:.0f} s")
-    return report([*check_plans(write), *check_numbers(), *check_defects()])
+    try:
+        return report([*check_plans(write), *check_numbers(), *check_defects()])
+    except subprocess.TimeoutExpired as late:
+        return report([f"{Path(late.cmd[1]).name} did not end within {late.timeout:g} s"])
 
 
 if __name__ == "__main__":
