@@ -14,6 +14,7 @@ from torch import Tensor
 from step3_hetero.backend import (
     Array,
     BatchMeta,
+    Collective,
     Device,
     DeviceInfo,
     Done,
@@ -22,6 +23,7 @@ from step3_hetero.backend import (
     Kernel,
     KVCache,
     Memory,
+    Rendezvous,
     Stage,
     Weights,
 )
@@ -245,6 +247,23 @@ class CudaDevice(Device):
         if self.options["graphs"] and not spec.batch_invariant:
             return GraphedStage(stage, limits, self.place, self._decoding)
         return stage
+
+    def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
+        """Join a group over NCCL, never run on hardware; interpreted, over gloo.
+
+        Raises:
+            UnsupportedOp: torch is built without NCCL.
+        """
+        from step3_hetero.backends.torch_common import collective
+
+        if self.place.type != "cuda":
+            return collective.join(ranks, rendezvous)
+        if not torch.distributed.is_nccl_available():
+            raise UnsupportedOp(
+                f"torch {torch.__version__} is built without NCCL: no group of ranks {list(ranks)}"
+            )
+        with torch.cuda.device(self.place):
+            return collective.join(ranks, rendezvous, collective.nccl)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory, from which copies neither wait nor pass through another buffer."""
