@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from step3_hetero.backend import (
     Array,
     BatchMeta,
+    Collective,
     Device,
     DeviceInfo,
     Done,
@@ -21,6 +22,7 @@ from step3_hetero.backend import (
     Kernel,
     KVCache,
     Memory,
+    Rendezvous,
     Stage,
     Weights,
 )
@@ -195,6 +197,22 @@ class AscendDevice(Device):
         if self._batch is None or self._batch.meta is not meta:
             self._batch = attention.Batch(meta, self.device, self.kv_split, self.triton)
         return self._batch
+
+    def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
+        """Join a group over HCCL; cards of one node.
+
+        Raises:
+            UnsupportedOp: on the host stand-in, which has none.
+        """
+        if driver.stand_in():
+            raise UnsupportedOp(
+                f"{self.info.name}: the host stand-in has no HCCL, asked for ranks {list(ranks)}; "
+                "use backend cpu, whose groups run over gloo"
+            )
+        from step3_hetero.backends.ascend.collective import hccl
+        from step3_hetero.backends.torch_common.collective import join
+
+        return join(ranks, rendezvous, hccl)
 
     def build(
         self,

@@ -9,6 +9,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_npu.npu._npugraph_handlers.npugraph_handler import _NPU_GRAPH_OP_HAND
 from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.ascend import vendor
 from step3_hetero.backends.ascend.attention import AscendCache
+from step3_hetero.backends.ascend.collective import hccl
 from step3_hetero.backends.ascend.linear import LinearWeights
 from step3_hetero.backends.ascend.moe import ExpertWeights
 from step3_hetero.registry import get_backend
@@ -56,6 +58,17 @@ def runtime(recorded: dict[str, list[str]]) -> Iterator[str]:
     )
     if "actual_seq_lengths_kv" not in [key for *_, key in specs]:
         yield "graphs: the fused attention's actual_seq_lengths_kv cannot be updated"
+
+
+def collectives() -> Iterator[str]:
+    """Yield what is wrong with HCCL's process group, made over the stand-in driver for one rank."""
+    deadline = timedelta(seconds=7)
+    group = hccl(torch.distributed.HashStore(), 0, 1, "127.0.0.1", deadline)
+    if (group.rank(), group.size(), group.options._timeout) != (0, 1, deadline):
+        yield f"hccl: rank {group.rank()} of {group.size()}, {group.options._timeout}"
+    for name in ("allgather", "alltoall_base", "abort"):
+        if not hasattr(group, name):
+            yield f"hccl: its process group has no {name}"
 
 
 def kernels(names: list[str]) -> Iterator[str]:
@@ -206,6 +219,8 @@ def main(schemas: Path) -> int:
     print(f"signatures: {len(recorded['ops']) - len(wrong)} of {len(recorded['ops'])} equal")
     other = list(runtime(recorded["runtime"]))
     print(f"what captures graphs: {len(recorded['runtime'])} methods, {len(other)} wrong")
+    groups = list(collectives())
+    print(f"HCCL's process group: {'made' if not groups else 'WRONG'}")
     used = json.loads(USED.read_text(encoding="utf-8"))
     missing = list(kernels(used))
     print(f"torch's own ops in use: {len(used) - len(missing)} of {len(used)} have an NPU kernel")
@@ -213,7 +228,7 @@ def main(schemas: Path) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         shapes = [*layer(device), *calls()]
     print(f"a real-size MoE layer, bfloat16 and INT8, in shapes: {len(shapes)} wrong")
-    found = (*wrong, *other, *missing, *shapes)
+    found = (*wrong, *other, *groups, *missing, *shapes)
     for said in found:
         print(f"  {said}")
     return 1 if found else 0
