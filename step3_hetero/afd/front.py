@@ -133,6 +133,11 @@ class ProcessExecutor(Executor):
         held = {s.member.name: s.handle for s in self._seats if s.handle is not None}
         return {name: handle.pid for name, handle in held.items() if handle.pid is not None}
 
+    def serving(self, role: str, instance: int) -> str | None:
+        """Return the name of the member that does an instance's work; a spare's after a loss."""
+        seat = self._seats.at(role, instance)
+        return None if seat is None else seat.member.name
+
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_S
         while not all(seat.is_ready for seat in self._seats):

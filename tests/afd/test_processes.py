@@ -1,9 +1,11 @@
 """Roles in processes: the tokens of one process, whatever is split, and whatever dies."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from step3_hetero import SamplingParams, load
+from step3_hetero.afd.front import MOST_DEATHS
 from step3_hetero.errors import ConfigError, RoleLost
 from step3_hetero.runtime.request import Request
 
@@ -132,16 +135,48 @@ def test_a_replica_takes_over(together):
     assert answers(disturb=sent("f:0", signal.SIGKILL), **APART, **split) == together
 
 
-def test_a_role_that_dies_before_it_is_ready_fails_the_requests():
+def test_a_role_that_is_killed_whenever_it_starts_fails_the_requests():
     def again_and_again(executor):
+        killed, until = set(), time.monotonic() + 60
+        while len(killed) <= MOST_DEATHS and time.monotonic() < until:
+            number = executor.processes().get("f:0")
+            if number is not None and number not in killed:
+                os.kill(number, signal.SIGKILL)
+                killed.add(number)
+            time.sleep(0.005)
+
+    with pytest.raises(RoleLost, match=r"f:0 ended with signal SIGKILL, 6 times in a row"):
+        answers(disturb=again_and_again, **APART)
+
+
+def test_a_role_that_is_killed_once_more_while_it_starts_comes_up(together):
+    def twice(executor):
         first = executor.processes()["f:0"]
         os.kill(first, signal.SIGKILL)
-        while executor.processes().get("f:0", first) == first:
-            pass
+        until = time.monotonic() + 60
+        while executor.processes().get("f:0", first) == first and time.monotonic() < until:
+            time.sleep(0.005)
         os.kill(executor.processes()["f:0"], signal.SIGKILL)
 
-    with pytest.raises(RoleLost, match=r"f:0 ended with signal SIGKILL before it was ready"):
-        answers(disturb=again_and_again, **APART)
+    assert answers(disturb=twice, **APART) == together
+
+
+def test_a_role_that_ends_by_itself_when_started_again_fails_the_requests(tmp_path):
+    """Its checkpoint is gone: there is nothing to be had from trying again."""
+    values = yaml.safe_load(DIGITS.read_text())
+    folder = shutil.copytree((DIGITS.parent / values["model"]).resolve(), tmp_path / "model")
+    values["model"] = str(folder)
+    values["roles"]["f"]["backend"] = "cpu"
+    values["runtime"]["processes"] = "per-role"
+    with load(values) as engine:
+
+        def gone(executor):
+            (folder / "config.json").rename(folder / "config.gone")
+            os.kill(executor.processes()["f:0"], signal.SIGKILL)
+
+        threading.Timer(0.3, gone, [engine.executor]).start()
+        with pytest.raises(RoleLost, match=r"f:0 ended with exit code 2 before it was ready"):
+            engine.generate_all(requests(6))
 
 
 def test_wire_in_bfloat16_answers_the_same_digits(together):

@@ -71,9 +71,22 @@ class Scene:
     proxies: dict[str, FaultyProxy]
     logs: LogDisk
 
-    def signal(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to the process of an instance."""
-        os.kill(self.engine.executor.processes()[name], number)  # type: ignore[attr-defined] # of ProcessExecutor
+    def signal(self, role: str, number: signal.Signals) -> None:
+        """Send a signal to the process that does the work of a role's first instance."""
+        executor = self.engine.executor
+        os.kill(executor.processes()[executor.serving(role, 0)], number)
+
+    @property
+    def can_be_struck(self) -> bool:
+        """Say whether there is a process to strike: one may be about to be started again."""
+        executor = self.engine.executor
+        running = executor.processes()
+        return all(executor.serving(role, 0) in running for role in ("a", "f"))
+
+    @property
+    def proxy(self) -> FaultyProxy:
+        """Return what lies between attention and the first FFN instance."""
+        return self.proxies[self.engine.executor.serving("f", 0)]
 
 
 class LogDisk:
@@ -107,16 +120,16 @@ def _of_attention(_: Rack) -> float:
     return RESTART_S
 
 
-def _stop(name: str) -> Callable[[Scene], None]:
+def _stop(role: str) -> Callable[[Scene], None]:
     def strike(scene: Scene) -> None:
         """Stop a process; it is killed long before it could go on."""
-        scene.signal(name, signal.SIGSTOP)
+        scene.signal(role, signal.SIGSTOP)
 
     return strike
 
 
 def _cut(scene: Scene) -> None:
-    proxy = scene.proxies["f:0"]
+    proxy = scene.proxy
     proxy.cut()
     time.sleep(CUT_S)
     proxy.heal()
@@ -124,18 +137,18 @@ def _cut(scene: Scene) -> None:
 
 def _fill(scene: Scene) -> None:
     scene.logs.is_full = True
-    scene.signal("f:0", signal.SIGKILL)  # what starts anew has something to say
+    scene.signal("f", signal.SIGKILL)  # what starts anew has something to say
 
 
 FAULTS = (
-    Fault("FFN killed", lambda s: s.signal("f:0", signal.SIGKILL), _of_ffn),
-    Fault("attention killed", lambda s: s.signal("a:0", signal.SIGKILL), _of_attention),
-    Fault("FFN stopped", _stop("f:0"), _of_ffn),
-    Fault("attention stopped", _stop("a:0"), _of_attention),
+    Fault("FFN killed", lambda s: s.signal("f", signal.SIGKILL), _of_ffn),
+    Fault("attention killed", lambda s: s.signal("a", signal.SIGKILL), _of_attention),
+    Fault("FFN stopped", _stop("f"), _of_ffn),
+    Fault("attention stopped", _stop("a"), _of_attention),
     Fault("link cut and healed", _cut, lambda _: 3.0),
-    Fault("A2F damaged", lambda s: s.proxies["f:0"].corrupt_next(THERE, least_bytes=STAGE_BYTES),
+    Fault("A2F damaged", lambda s: s.proxy.corrupt_next(THERE, least_bytes=STAGE_BYTES),
           lambda _: 3.0),
-    Fault("F2A damaged", lambda s: s.proxies["f:0"].corrupt_next(BACK, least_bytes=STAGE_BYTES),
+    Fault("F2A damaged", lambda s: s.proxy.corrupt_next(BACK, least_bytes=STAGE_BYTES),
           lambda _: 3.0),
     Fault("disk full, FFN killed", _fill, lambda _: RESTART_S),
 )  # fmt: skip
@@ -251,7 +264,8 @@ def run_round(
     done: dict[int, Completion] = {}
     start = time.monotonic()
     while len(done) < len(requests):
-        if watch.count >= strike_at and watch.struck_s == float("inf"):
+        is_time = watch.count >= strike_at and watch.struck_s == float("inf")
+        if is_time and scene.can_be_struck:
             watch.struck_s = time.monotonic()
             fault.strike(scene)
         done |= {finished.request_id: finished for finished in engine.step()}
