@@ -19,8 +19,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test fuzz faults test-ray lint types wheel-test conformance bench setup clean \
-  cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-stand-in ascend-t2 ascend-t3 test-npu
+.PHONY: help demo test test-processes test-ray fuzz faults lint types wheel-test conformance bench \
+  setup clean cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-stand-in ascend-t2 ascend-t3 test-npu
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -28,8 +28,12 @@ help: ## this list
 demo: $(VENV)/.run ## a tiny Step-3 reads digits, its attention on one backend and its FFN on another
 	@$(BIN)/python examples/digits_demo.py
 
-test: $(VENV)/.dev ## the whole test suite, a worker for each core; PYTEST_ARGS="-k config" for a part
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+test: $(VENV)/.dev ## the test suite, a worker for each core; PYTEST_ARGS="-k config" for a part
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup \
+	  -m "not processes and not ray and not wheel" $(PYTEST_ARGS)
+
+test-processes: $(VENV)/.dev ## roles in many processes: sets, spares, launchers, faults; some minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m processes $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.dev ## 100,000 hostile peers against each transport, a quarter of an hour
 	@STEP3_HETERO_FUZZ_ROUNDS=100000 $(BIN)/python -m pytest tests/transport/test_fuzz.py

@@ -16,7 +16,11 @@ from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.placement.profile_file import Profile
 from step3_hetero.transport.registry import get_transport
 
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("no_leaks")]
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.processes,
+    pytest.mark.usefixtures("no_leaks"),
+]
 
 FRAME = limits(1 << 22)
 CONTRACT = {"protocol": 1}

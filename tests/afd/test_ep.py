@@ -8,7 +8,7 @@ from afd.questions import MARGIN, ONE, answers, differences, split
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ def _why_not():
 WHY_NOT = _why_not()
 pytestmark = [
     pytest.mark.xdist_group("processes"),
+    pytest.mark.processes,
     pytest.mark.usefixtures("no_leaks"),
     pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or ""),
 ]

@@ -11,7 +11,11 @@ from step3_hetero import SamplingParams, load
 from step3_hetero.runtime.request import Request
 
 pytest.importorskip("torch")
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("no_leaks")]
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.processes,
+    pytest.mark.usefixtures("no_leaks"),
+]
 
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 RECOVERY_S = 3.0

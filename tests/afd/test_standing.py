@@ -15,7 +15,11 @@ from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.request import Request
 
 pytest.importorskip("torch")
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("no_leaks")]
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.processes,
+    pytest.mark.usefixtures("no_leaks"),
+]
 
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=0)
 PROMPTS = [[21 + n, 22, 23] for n in range(4)]

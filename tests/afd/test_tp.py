@@ -15,7 +15,7 @@ from step3_hetero.runtime.resolving import checkpoint_folder, read_config, resol
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from step3_hetero.registry import get_backend
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.processes]
 
 SIZE = 3
 PATIENT_S = 60.0

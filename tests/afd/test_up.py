@@ -18,7 +18,11 @@ from step3_hetero.afd.loglines import MOST_WAITING, LogFiles, LogLines, to_all
 from step3_hetero.errors import ConfigError, RequestError
 
 pytest.importorskip("torch")
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("no_leaks")]
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.processes,
+    pytest.mark.usefixtures("no_leaks"),
+]
 
 PARAMS = SamplingParams(max_tokens=16, ignore_eos=True)
 

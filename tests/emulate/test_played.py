@@ -23,7 +23,7 @@ EMULATED = EXAMPLES / "h800_attention_910b_ffn_emulated.yaml"
 QUESTION = "which digit is this ?"
 SEVEN = EXAMPLES / "digits" / "7_held-out_0007.png"
 
-pytestmark = pytest.mark.xdist_group("processes")  # some tests have processes of their own
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.processes]
 
 
 def run(*arguments):

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 import pytest
+from afd.leaks import MARK, Before
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from faults.leaks import Standing
 from faults.rounds import FAULTS, RACKS, Rack, Round, requests_of, run_round, standing, undisturbed
 
 EPILOG = """\b
@@ -52,12 +53,15 @@ def main(
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("rounds", total=rounds)
         for number, rack in enumerate(chosen):
-            before, share = Standing.now(), len(range(number, rounds, len(chosen)))
-            with pytest.MonkeyPatch.context() as patch, standing(rack, patch) as scene:
-                for _ in range(share):
-                    done.append(run_round(scene, draw.choice(allowed), asked, want, draw))
-                    progress.advance(task)
-            left += [f"{rack.name}: {what}" for what in before.left_over()]
+            share = len(range(number, rounds, len(chosen)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(MARK, mark := secrets.token_hex(8))
+                before = Before(mark)
+                with standing(rack, patch) as scene:
+                    for _ in range(share):
+                        done.append(run_round(scene, draw.choice(allowed), asked, want, draw))
+                        progress.advance(task)
+                left += [f"{rack.name}: {what}" for what in before.wait()]
     late = [r for r in done if r.away_s > r.within_s and not untimed]
     wrong = [r for r in done if not r.right]
     if as_json:

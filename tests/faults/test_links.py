@@ -26,7 +26,7 @@ STAGE_BYTES = 1500
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.processes]
 
 
 def answers(engine):

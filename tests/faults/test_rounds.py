@@ -1,15 +1,16 @@
 """A round of each kind of fault on one rack; ``make faults`` runs a hundred on all."""
 
 import random
+import secrets
 
 import pytest
+from afd.leaks import MARK, Before
 
-from faults.leaks import Standing
 from faults.rounds import FAULTS, RACKS, requests_of, run_round, standing, undisturbed
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.processes]
 
 REQUESTS = 16
 RACK = next(rack for rack in RACKS if "2A2F" in rack.name)
@@ -23,10 +24,12 @@ def want():
 @pytest.fixture(scope="module")
 def scene():
     """Give one rack to all tests: what a fault leaves behind is the next one's to find."""
-    before = Standing.now()
-    with pytest.MonkeyPatch.context() as patch, standing(RACK, patch) as found:
-        yield found
-    assert before.left_over() == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, mark := secrets.token_hex(8))
+        before = Before(mark)
+        with standing(RACK, patch) as found:
+            yield found
+        assert before.wait() == []
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)

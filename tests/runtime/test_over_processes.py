@@ -22,7 +22,7 @@ APART = {
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.xdist_group("processes")  # each test has processes of its own
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.processes]
 
 
 def asked():
