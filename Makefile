@@ -23,7 +23,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
   setup clean cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-stand-in ascend-t2 ascend-t3 test-npu
 
 help: ## this list
-	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.run ## a tiny Step-3 reads digits, its attention on one backend and its FFN on another
 	@$(BIN)/python examples/digits_demo.py
