@@ -93,15 +93,20 @@ class Worker:
     def _from_caller(self, link: Link) -> bool:
         """Read and answer one message; say whether the caller is still there."""
         try:
-            start = time.monotonic()
-            message = link.receive(1.0)
-            if message.kind == Kind.CALL:
-                self._called(link, message, start)
-        except CorruptFrame:
-            link.send(Kind.AGAIN)
+            self._take(link)
         except (RoleLost, TransportTimeout):
             return False
         return True
+
+    def _take(self, link: Link) -> None:
+        start = time.monotonic()
+        try:
+            message = link.receive(1.0)
+        except CorruptFrame:
+            link.send(Kind.AGAIN)
+            return
+        if message.kind == Kind.CALL:
+            self._called(link, message, start)
 
     def _called(self, link: Link, message: Message, start_s: float) -> None:
         """Answer a call, and tell how long it was waited for, taken in, run, and sent before.

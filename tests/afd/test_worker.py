@@ -6,8 +6,9 @@ from step3_hetero.afd.link import Message
 from step3_hetero.afd.messages import Kind, number_of
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Worker
-from step3_hetero.errors import EdgeMismatch
+from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.timeline import Timeline
+from step3_hetero.transport.base import CorruptFrame
 
 
 class Caller:
@@ -40,3 +41,14 @@ def test_what_is_not_said_is_zero():
     assert number_of({"seconds": 2}, "seconds") == 2.0
     with pytest.raises(EdgeMismatch, match="seconds: 'x' refused; allowed: a finite number"):
         number_of({"seconds": "x"}, "seconds")
+
+
+def test_caller_that_is_gone_when_asked_to_send_again_ends_its_link_alone():
+    class Gone(Caller):
+        def receive(self, deadline_s):
+            raise CorruptFrame("a frame does not match its checksum")
+
+        def send(self, *message):
+            raise RoleLost("the peer closed the connection")
+
+    assert not Worker({}, Wire(), Wire(), 4)._from_caller(Gone({}))
