@@ -81,6 +81,6 @@ class Service:
 
     def is_over(self, links: Sequence[Link], *, busy: bool = False) -> bool:
         """Say whether it is: `Drain.is_over`, or the front has given no sign of life."""
-        if self._front.silent_s() > self._silence_s and not ready([self._front], 0):
+        if self._front.silent_s() > self._silence_s:
             return True
         return self._drain.is_over(links, busy=busy)

@@ -152,17 +152,15 @@ class ProcessExecutor(Executor):
 
     def _attend(self, wait_s: float) -> None:
         """Take in whatever has happened, waiting for it at most ``wait_s``."""
-        watched = {handle: seat for seat in self._seats for handle in seat.watched()}
-        for handle in ready(watched, wait_s):
-            seat = watched[handle]
-            if handle not in seat.watched():
-                continue  # what came before in this round has closed it
-            if seat.link is not None and handle == seat.link.fileno():
-                self._read(seat, seat.link)
-            elif seat.handle is not None and handle == seat.handle.fileno():
+        watched = {source: seat for seat in self._seats for source in seat.watched()}
+        for source in ready(watched, wait_s):
+            seat = watched[source]  # which what came before in this round may have emptied
+            if seat.handle is not None and source is seat.handle:
                 self._died(seat, seat.handle)
-            elif seat.handle is not None:
+            elif seat.handle is not None and source is seat.handle.reports:
                 self._hear(seat, seat.handle)
+            elif seat.link is not None and source is seat.link:
+                self._read(seat, seat.link)
         for seat in self._seats:
             if seat.handle is not None and seat.is_silent(self._deadline_s):
                 seat.handle.kill()  # its end is seen next
@@ -184,18 +182,13 @@ class ProcessExecutor(Executor):
             seat.asked_s = say_hello(seat.link, self._contract, FRONT, traced=traced)
             seat.moves(State.GREETING)
         except GONE:
-            self._broke(seat)
-
-    def _broke(self, seat: Seat) -> None:
-        """Let go of a link that is gone; the end of what was behind it is seen next, or made."""
-        seat.lets_go()
-        seat.moves(State.BROKEN)
+            seat.breaks()
 
     def _read(self, seat: Seat, link: Link) -> None:
         try:
             message = link.receive(self._deadline_s)
         except (*GONE, CorruptFrame):  # a damaged frame may have been a result: it is made again
-            self._broke(seat)
+            seat.breaks()
             return
         match message.kind:
             case Kind.AGREED:
@@ -236,7 +229,7 @@ class ProcessExecutor(Executor):
             raise EdgeMismatch(why)
         if time.monotonic() - seat.away_since_s > BUSY_S + 2 * self._deadline_s:
             raise RoleLost(f"{why}: end that one first, or start roles of your own")
-        self._broke(seat)
+        seat.breaks()
 
     def _ready(self, seat: Seat) -> None:
         seat.moves(State.READY)

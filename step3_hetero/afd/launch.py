@@ -64,7 +64,8 @@ class RoleProcess(Handle):
                 at_once = True
         if at_once:
             self.kill()
-            self.popen.wait()
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold it; it ends, unseen
+                self.popen.wait(GRACE_S)
         self.lines.join(GRACE_S)
         self.reports.close()
         if self.popen.stdin is not None:

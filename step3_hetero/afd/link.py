@@ -27,6 +27,9 @@ before. Until then they hold up the peer, and are right for as long as they live
 SEND_DEADLINE_S = 30.0
 """A peer that computes reads nothing meanwhile, and sends signs of life from a thread."""
 
+UNREAD_S = 0.1
+"""Silence shorter than this is not looked into."""
+
 BEAT = parcel(Kind.BEAT, 0, 0, {}, {})
 
 Said = dict[str, Any]
@@ -139,8 +142,9 @@ class Link:
         self.ahead_s = 0.0 if abs(ahead) <= unsure else ahead
 
     def silent_s(self) -> float:
-        """Return the seconds since the last sign of life."""
-        return time.monotonic() - self.last_seen
+        """Return the seconds since the last sign of life; 0 while one lies unread."""
+        elapsed = time.monotonic() - self.last_seen
+        return 0.0 if elapsed > UNREAD_S and ready([self], 0) else elapsed
 
     def close(self) -> None:
         """Let go of the channel."""
@@ -181,12 +185,18 @@ class Heart:
 
 
 def ready(links: Iterable[Any], deadline_s: float) -> list[Any]:
-    """Return those of ``links`` (anything with a ``fileno``) that have something to read."""
+    """Return those of ``links`` (anything with a ``fileno``) that have something to read.
+
+    One that is closed has: reading it tells so.
+    """
     waiting = list(links)
     if not waiting:
         time.sleep(deadline_s)
         return []
-    return select(waiting, [], [], deadline_s)[0]
+    try:
+        return select(waiting, [], [], deadline_s)[0]
+    except (ValueError, OSError):  # a sign of life found the peer gone, and closed the channel
+        return [link for link in waiting if link.fileno() < 0]
 
 
 def limits(part_bytes: int) -> FrameLimits:

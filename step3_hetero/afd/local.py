@@ -79,9 +79,8 @@ def slots(config: Config, placement: Placement) -> list[Member]:
     for member in members(config, placement):
         found.append(member)
         role = config.roles[member.role]
-        processes = role.instances * role.tp
-        if member.number == processes - 1:
-            numbers = range(processes, processes + role.spares)
+        if member.number == role.processes - 1:
+            numbers = range(role.processes, role.processes + role.spares)
             found += [Member(member.role, n, member.leads) for n in numbers]
     return found
 
@@ -118,7 +117,7 @@ def executor(
 
     return ProcessExecutor(
         slots(config, placement),
-        {name: role.instances * role.tp for name, role in config.roles.items()},
+        {name: role.processes for name, role in config.roles.items()},
         Launchers(dict.fromkeys(standing, reach), launcher),
         connect,
         contract(resolved, ablate),
@@ -227,7 +226,7 @@ def check_member(config: Config, name: str, number: int) -> None:
     if name not in config.roles:
         raise config.error("roles", f"no role {name!r}; roles: {', '.join(config.roles)}")
     role = config.roles[name]
-    count = role.instances * role.tp + role.spares
+    count = role.processes + role.spares
     if not 0 <= number < count:
         raise config.error(f"roles.{name}.instances", f"no process {number} of {count}")
 

@@ -29,7 +29,7 @@ def members(config: Config, placement: Placement) -> list[Member]:
     return [
         Member(name, number, name == leading)
         for name in placement.roles
-        for number in range(config.roles[name].instances * config.roles[name].tp)
+        for number in range(config.roles[name].processes)
     ]
 
 

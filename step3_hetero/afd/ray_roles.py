@@ -200,6 +200,5 @@ def _key(config: Config) -> str:
 
 
 def _bundle(config: Config, member: Member) -> dict[str, float]:
-    role = config.roles[member.role]
-    card = RESOURCE.get(role.backend)
-    return {"CPU": 1.0} | ({card: float(role.tp)} if card else {})
+    card = RESOURCE.get(config.roles[member.role].backend)
+    return {"CPU": 1.0} | ({card: 1.0} if card else {})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from step3_hetero.afd.launcher import START_S, Handle, Member
+from step3_hetero.afd.launcher import START_S, Handle, Member, Reports
 from step3_hetero.afd.link import Link
 from step3_hetero.errors import RoleLost, TransportTimeout
 
@@ -68,19 +67,20 @@ class Seat:
         self.was_ready = self.said_it_leaves = False
         self.moves(State.STARTING)
 
-    def watched(self) -> Iterator[int]:
-        """Yield the descriptors that have something to say about it, its end first.
+    def watched(self) -> Iterator[Handle | Reports | Link]:
+        """Yield what has something to say about it, its end first.
 
         Of what an attention instance sent and then died, nothing may be taken: its other sequences
-        would go on from keys that are no more.
+        would go on from keys that are no more. It is the objects, not their descriptors: a number
+        that is closed is soon another's.
         """
         if self.handle is None:
             return
-        yield self.handle.fileno()
+        yield self.handle
         if self.handle.reports.is_open:
-            yield self.handle.reports.fileno()
+            yield self.handle.reports
         if self.link is not None:
-            yield self.link.fileno()
+            yield self.link
 
     def is_silent(self, deadline_s: float) -> bool:
         """Say whether it owes a sign of life, or its end, or has loaded for too long."""
@@ -105,11 +105,18 @@ class Seat:
             self.handle = None
         self.lets_go()
 
+    def breaks(self) -> None:
+        """Let go of a link that is gone; the end of what was behind it is seen next, or made."""
+        self.lets_go()
+        self.moves(State.BROKEN)
+
     def told(self, *message: Any) -> None:
         """Send; whoever waits for what comes of it sees the end of a seat that is gone."""
         if self.link is not None:
-            with suppress(*GONE):
+            try:
                 self.link.send(*message)
+            except GONE:
+                self.breaks()
 
 
 class Seats:
@@ -154,8 +161,8 @@ class Seats:
             return
         for seat in self.all:
             if seat.member.role == ready.member.role and seat.place is not None:
-                if seat.state in (State.READY, State.LEAVING):
-                    continue
+                if seat.state in (State.READY, State.LEAVING, State.BROKEN):
+                    continue  # of one that is broken the end is still to be seen, and what it costs
                 ready.place, seat.place = seat.place, None
                 return
 

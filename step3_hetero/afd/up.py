@@ -225,7 +225,7 @@ def read_attach(path: Path, config: Config) -> dict[str, list[str]]:
         raise ConfigError(f"{path}: no file of step3-hetero up: {cause!r}") from cause
     if version != ATTACH_VERSION:
         raise ConfigError(f"{path}: version {version!r} refused; expected {ATTACH_VERSION}")
-    wanted = {name: r.instances + r.spares for name, r in config.roles.items()}
+    wanted = {name: r.processes + r.spares for name, r in config.roles.items()}
     has = {name: len(addresses) for name, addresses in found.items()}
     if (kind, has) != (config.transport.kind, wanted):
         raise ConfigError(

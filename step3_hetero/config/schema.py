@@ -178,6 +178,11 @@ class Role(_Section):
     """Passed on to the backend, which checks them."""
 
     @property
+    def processes(self) -> int:
+        """How many processes do its work, spares left out: an instance is ``tp`` ranks."""
+        return self.instances * self.tp
+
+    @property
     def selectors(self) -> tuple[Selector, ...]:
         """Return ``stages``, parsed."""
         return tuple(map(parse_selector, self.stages))
@@ -348,7 +353,7 @@ class Config(_Section):
                 message = f"roles.{name}.{many}: {getattr(role, many)} refused; allowed: 1 with"
                 yield Problem(place, f"{message} runtime.processes: one; set that to per-role")
             yield from standing_problems(self, name, self._document)
-            ranks = role.instances * role.tp + role.spares
+            ranks = role.processes + role.spares
             if role.devices is not None and len(role.devices) != ranks:
                 key = ("roles", name, "devices")
                 message = f"{'.'.join(key)}: expected {ranks}, got {len(role.devices)}"
