@@ -67,7 +67,7 @@ cuda-gate: $(VENV)/.dev ## compile every CUDA kernel for sm_80 and sm_90, withou
 	@$(BIN)/python -m bench.gpu_compiled
 
 cuda-interpreted: $(VENV)/.dev ## certify the CUDA kernels in Triton's interpreter, some ten minutes
-	@$(BIN)/step3-hetero conformance run --backend cuda --option interpret=true \
+	@$(BIN)/step3-hetero conformance run --backend cuda --option interpret=true --deadline 1800 \
 	  --workers $(WORKERS) --json docs/certificates/cuda-interpreted.certificate.json
 	@$(BIN)/python -m step3_hetero.conformance.ops_page
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "config": "errors",
     "catalogue": "errors config",
     "transport": CORE,
-    "emulate": f"{CORE} config catalogue transport",
+    "emulate": f"{CORE} config catalogue",
     "runtime": f"{CORE} {FACTS}",
     "placement": f"{CORE} {FACTS} runtime",
     "afd": f"{CORE} {FACTS} runtime placement",

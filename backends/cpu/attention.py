@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from step3_hetero.backend import BatchMeta, KVCache
-from step3_hetero.backends.cpu.linear import native_bf16
 from step3_hetero.backends.cpu.rope import angles
 from step3_hetero.backends.cpu.rows import quantise_runs
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
@@ -22,6 +21,10 @@ from step3_hetero.specs import LOGICAL_BLOCK, CacheSpec, HostArray
 
 KEYS_AT_ONCE = 4096
 """Keys of one pass; longer contexts are folded pass by pass so that scores stay in cache."""
+
+KEYS_IN_A_ROW = LOGICAL_BLOCK
+"""Of float32 inputs the values of so many keys are added up by themselves, then the sums: a plain
+product over hundreds of keys errs by more than float32's own rounding explains."""
 
 SCORES_AT_ONCE = 1 << 22
 """Scores of one prefill pass."""
@@ -182,25 +185,24 @@ def _attend(q: Tensor, cache: CpuCache, batch: Batch, number: int, scale: float)
     group = batch.groups[number]
     seqs, queries = group.positions.shape
     heads, head_dim = q.shape[1:]
-    native = native_bf16() and not cache.spec.scaled  # code · scale is not rounded to bfloat16
-    compute = q.dtype if q.dtype != torch.bfloat16 or native else torch.float32
-    rows = q.to(compute)
-    rows = (rows * scale if compute == torch.float32 else rows).view(seqs, queries, heads, head_dim)
+    in_a_row = KEYS_IN_A_ROW if q.dtype == torch.float32 else KEYS_AT_ONCE
+    rows = (q.float() * scale).view(seqs, queries, heads, head_dim)
     step = max(1, SCORES_AT_ONCE // (seqs * heads * min(group.context, KEYS_AT_ONCE)))
-    factor = 1.0 if compute == torch.float32 else scale
     parts = [
-        _fold(rows[:, i : i + step], cache, batch, number, slice(i, i + step), factor)
+        _fold(rows[:, i : i + step], cache, batch, number, slice(i, i + step), in_a_row)
         for i in range(0, queries, step)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).reshape(q.shape).to(q.dtype)
 
 
 def _fold(
-    q: Tensor, cache: CpuCache, batch: Batch, number: int, chosen: slice, scale: float
+    q: Tensor, cache: CpuCache, batch: Batch, number: int, chosen: slice, in_a_row: int
 ) -> Tensor:
     """Return softmax(q·kᵀ)·v, keys taken KEYS_AT_ONCE at a time with a running maximum.
 
-    Shapes: q (seqs, queries, heads, head_dim) -> the same, float32.
+    Shapes: q (seqs, queries, heads, head_dim) float32, scaled -> the same. All of it is float32:
+    torch rounds a product of bfloat16 matrices to bfloat16, and neither scores nor probabilities
+    may be.
     """
     group = batch.groups[number]
     seqs, queries, heads, head_dim = q.shape
@@ -211,38 +213,34 @@ def _fold(
     state: tuple[Tensor, Tensor, Tensor] | None = None
     for start in range(0, last, KEYS_AT_ONCE):
         stop = min(start + KEYS_AT_ONCE, last)
-        k, v = _keys(cache, group, start, stop, q.dtype)
-        scores = torch.bmm(rows, k.transpose(1, 2)).float()
-        if scale != 1.0:
-            scores.mul_(scale)
+        k, v = _keys(cache, group, start, stop)
+        scores = torch.bmm(rows, k.transpose(1, 2))
         hidden = batch.hidden(number, chosen, start, stop)
         if hidden is not None:
             _hide(scores, v, hidden)
-        state = _merge(state, scores, v)
+        state = _merge(state, scores, v, in_a_row)
     assert state is not None
     total, _, weight = state
     out = (total / weight).view(seqs, kv_heads, queries, -1, head_dim).transpose(1, 2)
     return out.reshape(seqs, queries, heads, head_dim)
 
 
-def _keys(
-    cache: CpuCache, group: Group, start: int, stop: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _keys(cache: CpuCache, group: Group, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return keys and values start..stop of each sequence, (seqs · kv_heads, keys, head_dim)."""
     first, last = start // LOGICAL_BLOCK, -(-stop // LOGICAL_BLOCK)
     blocks = group.blocks[:, first:last]
-    k, v = (_gather(cache, which, blocks, stop - start, dtype) for which in "kv")
+    k, v = (_gather(cache, which, blocks, stop - start) for which in "kv")
     return k, v
 
 
-def _gather(cache: CpuCache, which: str, blocks: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+def _gather(cache: CpuCache, which: str, blocks: Tensor, keys: int) -> Tensor:
     seqs, head_dim = blocks.shape[0], cache.spec.head_dim
     if blocks.shape[1] == 1:
         found = cache.numbers(which, blocks[:, 0], keys)
     else:
         found = cache.numbers(which, blocks.flatten())
         found = found.view(seqs, -1, cache.spec.kv_heads, head_dim)[:, :keys]
-    found = found.to(dtype).transpose(1, 2)  # (seqs, kv_heads, keys, head_dim)
+    found = found.float().transpose(1, 2)  # (seqs, kv_heads, keys, head_dim)
     return found.reshape(-1, keys, head_dim).contiguous()
 
 
@@ -260,7 +258,7 @@ def _hide(scores: Tensor, v: Tensor, hidden: Tensor) -> None:
 
 
 def _merge(
-    state: tuple[Tensor, Tensor, Tensor] | None, scores: Tensor, v: Tensor
+    state: tuple[Tensor, Tensor, Tensor] | None, scores: Tensor, v: Tensor, in_a_row: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fold one pass of keys in: (weighted values, maximum, sum of weights)."""
     top = scores.amax(-1, keepdim=True)
@@ -268,11 +266,20 @@ def _merge(
         top = torch.maximum(top, state[1])
     safe = top.clamp_min(torch.finfo(torch.float32).min)  # a pass may hold no visible key
     p = scores.sub_(safe).exp_()
-    weight, total = p.sum(-1, keepdim=True), torch.bmm(p.to(v.dtype), v).float()
+    weight, total = p.sum(-1, keepdim=True), _weighted(p, v, in_a_row)
     if state is not None:
         shrink = (state[1] - safe).exp()
         total, weight = total + state[0] * shrink, weight + state[2] * shrink
     return total, top, weight
+
+
+def _weighted(p: Tensor, v: Tensor, in_a_row: int) -> Tensor:
+    """Return p·v, the sums over ``in_a_row`` keys each added up in order."""
+    total = torch.bmm(p[..., :in_a_row], v[:, :in_a_row])
+    for start in range(in_a_row, v.shape[1], in_a_row):
+        keys = slice(start, start + in_a_row)
+        total += torch.bmm(p[..., keys], v[:, keys])
+    return total
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

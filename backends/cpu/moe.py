@@ -17,9 +17,9 @@ from step3_hetero.specs import HostTensor, OpSpec
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """See ``reference.moe.swiglu``. In bfloat16 silu(gate) is rounded before the product."""
+    """See ``reference.moe.swiglu``."""
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
 
 
 def route(logits: Tensor, *, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:

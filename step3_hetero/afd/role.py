@@ -10,6 +10,7 @@ from step3_hetero.afd.contract import Contract
 from step3_hetero.afd.doorman import Doorman
 from step3_hetero.afd.drain import Drain, Service
 from step3_hetero.afd.driver import Driver
+from step3_hetero.afd.emulated import over
 from step3_hetero.afd.greeting import say_hello, take_agreed
 from step3_hetero.afd.launcher import START_S
 from step3_hetero.afd.link import Heart, Link
@@ -18,7 +19,6 @@ from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Worker
 from step3_hetero.backend import KVCache
-from step3_hetero.emulate.channel import over
 from step3_hetero.emulate.link import Link as EmulatedLink
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.graph import StageGraph

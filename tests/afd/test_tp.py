@@ -8,8 +8,7 @@ from afd.questions import APART, DIGITS, MARGIN, ONE, answers, differences, spli
 
 from step3_hetero import load
 from step3_hetero.afd.contract import agree, edge_contract
-from step3_hetero.afd.front import ProcessExecutor
-from step3_hetero.afd.messages import Kind
+from step3_hetero.afd.seats import Seats
 from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.resolving import checkpoint_folder, read_config, resolve
 
@@ -58,15 +57,15 @@ def test_two_sides_that_split_otherwise_do_not_agree(degree):
 
 
 def test_process_that_listens_in_the_place_of_another_is_refused_by_name(monkeypatch, capfd):
-    tell = ProcessExecutor._tell
+    where = Seats.where
 
-    def crossed(self, seat, kind, seq, said, arrays):
-        if kind == Kind.PEERS and len(said["peers"].get("f", {})) == 2:
-            first, second = (said["peers"]["f"][n] for n in (0, 1))
-            said = {"peers": {"f": {0: second, 1: first}}}
-        tell(self, seat, kind, seq, said, arrays)
+    def crossed(self):
+        peers = where(self)
+        if len(peers.get("f", {})) == 2:
+            peers["f"] = {0: peers["f"][1], 1: peers["f"][0]}
+        return peers
 
-    monkeypatch.setattr(ProcessExecutor, "_tell", crossed)
+    monkeypatch.setattr(Seats, "where", crossed)
     monkeypatch.setattr("step3_hetero.afd.front.MOST_DEATHS", 0)
     with (
         pytest.raises(RoleLost, match=r"a:0 ended"),

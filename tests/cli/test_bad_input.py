@@ -151,7 +151,7 @@ PLACEMENTS = {
     "unknown key": (A + "bakend=cpu", "unknown key 'bakend' in roles.a; keys: stages, backend"),
     "unknown role": ("roles.g.backend=cpu", "unknown role 'g'; roles: a, f"),
     "no value": ("roles.f.backend", "expected key=value"),
-    "later work": (A + "tp=2", "roles.a.tp: 2 is not available yet"),
+    "later work": ("runtime.fallback=true", "runtime.fallback: true is not available yet"),
     "card of a host": (F + "card=h800", "backend cpu has no card 'h800'"),
 }
 

@@ -12,6 +12,7 @@ from step3_hetero.cli.plan_command import command as plan
 from step3_hetero.config import Config
 from step3_hetero.errors import ConfigError, PlacementError
 from step3_hetero.placement.plan_check import check_plan, only_planned
+from step3_hetero.registry import get_backend
 
 pytest.importorskip("scipy")
 
@@ -125,7 +126,15 @@ def test_what_cannot_be_is_refused_by_its_key(key, value, error, said, changed):
         check_plan(changed(key, value))
 
 
-def test_a_format_that_a_backend_lacks_keeps_a_plan_a_plan(changed):
+def test_a_format_that_a_backend_lacks_keeps_a_plan_a_plan(changed, monkeypatch):
+    cuda = type(get_backend("cuda"))
+    claims = cuda.supports
+
+    def supports(self, info, spec):
+        return "no int8 here" if spec.weight_format == "int8" else claims(self, info, spec)
+
+    monkeypatch.setattr(cuda, "supports", supports)
+
     def said(weights):
         stages = ["embed", "vision", "attention", "head", "ffn[0-3,60]"]
         return only_planned(changed("roles", {

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from step3_hetero.emulate.channel import EmulatedChannel, over
+from step3_hetero.afd.emulated import EmulatedChannel, over
 from step3_hetero.emulate.delay import MOST_WAITING
 from step3_hetero.emulate.link import Link
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
