@@ -25,7 +25,10 @@ MOST_LINE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Member:
-    """One instance of one role; ``leads``: it owns a cache and takes micro-batches."""
+    """One process of one role; ``leads``: it owns a cache and takes micro-batches.
+
+    ``number`` counts the ranks of all instances, then the spares: instance · tp + rank.
+    """
 
     role: str
     number: int

@@ -42,7 +42,7 @@ from step3_hetero.specs import TensorSource
 from step3_hetero.transport.base import FrameLimits
 
 Hosts = Mapping[str, Sequence[str]]
-"""Where roles stand that somebody else started: by role, an address for each instance."""
+"""Where roles stand that somebody else started: by role, an address for each process."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def serve_role(
     ablate: str | None = None,
     stands: bool = False,
 ) -> None:
-    """Be one instance of a role: for one front, or with ``stands`` for one after another.
+    """Be one process of a role: for one front, or with ``stands`` for one after another.
 
     ``tell`` is told where it listens and how far it is.
 

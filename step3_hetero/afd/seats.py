@@ -33,7 +33,7 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Seat:
-    """What fills a member's place; ``place`` is the instance whose work it does, None: a spare."""
+    """What fills a member's place; ``place`` is the process whose work it does, None: a spare."""
 
     member: Member
     place: int | None

@@ -28,7 +28,7 @@ SIGTERM: what is under way is answered, then the role ends with code 0.
 @click.command("role", epilog=EPILOG)
 @click.argument("config")
 @click.option("--name", required=True, help="The role, as the config names it.")
-@click.option("--number", default=0, show_default=True, help="Which instance of it.")
+@click.option("--number", default=0, show_default=True, help="Which process of it: instance x tp + rank.")
 @click.option("--listen", "address", default="", metavar="ADDRESS",
               help="Where to listen; a free address of this machine unless given.")  # fmt: skip
 @click.option("--report", type=int, hidden=True, help="Descriptor to write facts to.")
@@ -43,7 +43,7 @@ def command(
     cores: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Be one instance of a role: load, then serve one front after another until SIGTERM."""
+    """Be one process of a role: load, then serve one front after another until SIGTERM."""
     if cores:
         os.sched_setaffinity(0, map(int, cores.split(",")))
     from step3_hetero.afd.drain import Drain
