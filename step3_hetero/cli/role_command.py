@@ -28,7 +28,8 @@ SIGTERM: what is under way is answered, then the role ends with code 0.
 @click.command("role", epilog=EPILOG)
 @click.argument("config")
 @click.option("--name", required=True, help="The role, as the config names it.")
-@click.option("--number", default=0, show_default=True, help="Which process of it: instance x tp + rank.")
+@click.option("--number", default=0, show_default=True,
+              help="Which process of it: instance x tp + rank.")  # fmt: skip
 @click.option("--listen", "address", default="", metavar="ADDRESS",
               help="Where to listen; a free address of this machine unless given.")  # fmt: skip
 @click.option("--report", type=int, hidden=True, help="Descriptor to write facts to.")
