@@ -157,7 +157,7 @@ class Doorman:
                 self._changed.notify_all()
                 return
             if not self._has_front:
-                raise self._refused(link, "has no front now")
+                raise self._refused(link, "has no front now", busy=True)
             link.send(Kind.AGREED, said=agreed)
             self._callers.append(link)
             os.eventfd_write(self._bell, 1)

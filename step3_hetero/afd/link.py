@@ -120,6 +120,8 @@ class Link:
 
         Raises:
             EdgeMismatch: the peer refuses, or says something else.
+            RoleLost: it refuses for now, or as ``receive``.
+            TransportTimeout, CorruptFrame: as ``receive``.
         """
         until = time.monotonic() + deadline_s
         while True:
@@ -127,7 +129,8 @@ class Link:
             if message.kind == Kind.BEAT:
                 continue
             if message.kind == Kind.REFUSED:
-                raise EdgeMismatch(str(message.said.get("why", f"{self.name} refuses")))
+                why = str(message.said.get("why", f"{self.name} refuses"))
+                raise RoleLost(why) if message.said.get("busy") else EdgeMismatch(why)
             if message.kind != kind:
                 raise EdgeMismatch(f"{self.name} said {message.kind}, expected {kind.name.lower()}")
             return message
