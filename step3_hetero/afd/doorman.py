@@ -107,11 +107,18 @@ class Doorman:
     def _stand(self) -> None:
         while not self._is_closed:
             with suppress(TransportTimeout):
-                channel = self._listener.accept(TICK_S)
-                if self._greeted.acquire(blocking=False):
-                    threading.Thread(target=self._greet, args=(channel,), daemon=True).start()
-                else:
-                    channel.close()
+                self._meet(self._listener.accept(TICK_S))
+
+    def _meet(self, channel: Channel) -> None:
+        """Greet a peer in a thread; where none is to be had, that peer has come in vain."""
+        if not self._greeted.acquire(blocking=False):
+            channel.close()
+            return
+        try:
+            threading.Thread(target=self._greet, args=(channel,), daemon=True).start()
+        except RuntimeError:  # out of threads
+            self._greeted.release()
+            channel.close()
 
     def _greet(self, channel: Channel) -> None:
         link = Link(channel, "a caller")

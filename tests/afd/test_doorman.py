@@ -1,8 +1,10 @@
 """Who comes to a role's address: a refusal that passes, and what a role does without."""
 
+import threading
+
 import pytest
 
-from step3_hetero.afd.doorman import Doorman
+from step3_hetero.afd.doorman import MOST_GREETED, Doorman
 from step3_hetero.afd.drain import Drain
 from step3_hetero.afd.greeting import say_hello
 from step3_hetero.afd.link import Link, limits
@@ -71,3 +73,19 @@ def test_second_front_is_refused_for_now(door):
     door.agreed("the front")
     with pytest.raises(RoleLost, match="f:0 serves another front"):
         door.agreed("the front")
+
+
+def test_doorman_outlives_the_want_of_threads(door, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread._target == door.doorman._greet:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(MOST_GREETED + 1):  # each gives its place back
+            with pytest.raises(RoleLost):
+                door.agreed("the front")
+    door.agreed("the front")
