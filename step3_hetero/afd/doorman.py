@@ -81,8 +81,9 @@ class Doorman:
             if not self._callers:
                 return None
             os.eventfd_read(self._bell)
-            self._inside.append(self._callers[0])
-            return self._callers.popleft()
+            link = self._callers.popleft()
+            self._inside = [*(one for one in self._inside if not one.closed), link]
+            return link
 
     def front_left(self) -> None:
         """Let go of everybody who came for the front that is served no more."""

@@ -1,13 +1,14 @@
 """Who comes to a role's address: a refusal that passes, and what a role does without."""
 
 import threading
+import weakref
 
 import pytest
 
 from step3_hetero.afd.doorman import MOST_GREETED, Doorman
 from step3_hetero.afd.drain import Drain
 from step3_hetero.afd.greeting import say_hello
-from step3_hetero.afd.link import Link, limits
+from step3_hetero.afd.link import Link, limits, ready
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.remote import Remote
 from step3_hetero.errors import EdgeMismatch, RoleLost
@@ -89,3 +90,17 @@ def test_doorman_outlives_the_want_of_threads(door, monkeypatch):
             with pytest.raises(RoleLost):
                 door.agreed("the front")
     door.agreed("the front")
+
+
+def test_callers_that_are_gone_are_not_kept(door):
+    door.agreed("the front")
+    door.served()
+    kept = []
+    for number in range(5):
+        door.agreed(f"a:{number}")
+        ready([door.doorman], 10)
+        inside = door.doorman.caller()
+        kept.append(weakref.ref(inside))
+        inside.close()
+    del inside
+    assert [link() is None for link in kept] == [True] * 4 + [False]
