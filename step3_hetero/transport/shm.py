@@ -292,5 +292,8 @@ def _swapped(sock: socket.socket, fd: int, patience: Patience) -> int:
 
 def _is_gone(stream: Stream) -> bool:
     poll = select.poll()
-    poll.register(stream.fileno(), select.POLLRDHUP | select.POLLHUP)
+    try:
+        poll.register(stream.fileno(), select.POLLRDHUP | select.POLLHUP)
+    except (ValueError, OSError):  # it was closed here, meanwhile
+        return True
     return bool(poll.poll(0))
