@@ -70,11 +70,11 @@ def _check(stage: str, name: str, x: HostArray, dtypes: Sequence[str], width: in
 def _images(stage: str, spec: VisionSpec, pixels: HostArray) -> int:
     """Return the number of images; the downsampler needs two patches a side."""
     least = 2 * spec.patch
-    n, *sides, channels = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
-    fits = sides[0] == sides[1] >= least and channels == spec.channels
+    _, height, width, channels = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
+    fits = height == width >= least and channels == spec.channels
     if not fits or pixels.dtype.name != spec.dtype:
         raise EdgeMismatch(
             f"{stage}: pixels {pixels.dtype.name} {pixels.shape} refused; allowed: {spec.dtype} "
             f"(images, size, size, {spec.channels}), size from {least}"
         )
-    return n
+    return len(pixels)

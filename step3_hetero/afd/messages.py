@@ -53,7 +53,7 @@ class Kind(IntEnum):
     REFUSED = 3
     """Who listens, before it closes: why not."""
     LOAD = 4
-    """The front: load your weights; peers are named."""
+    """The front: load your weights."""
     READY = 5
     """A role: its stages are loaded."""
     BATCH = 6
@@ -77,7 +77,7 @@ class Kind(IntEnum):
     STOP = 15
     """The front: finish what is under way and end."""
     AGAIN = 17
-    """Anybody: a frame came damaged; send again what is not answered yet."""
+    """A role that answers calls: a frame came damaged; send again what is not answered yet."""
     LOST = 18
     """Attention to the front: an instance of another role is gone, or gives no sign of life."""
     LEAVING = 19

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from step3_hetero.afd.asked import rows_asked, taken
-from step3_hetero.afd.link import Link, Message, ready
+from step3_hetero.afd.link import GONE, Link, Message, ready
 from step3_hetero.afd.messages import Kind, Said, number_of, rows_only, total_bytes
 from step3_hetero.afd.partials import own_experts
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array
-from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
+from step3_hetero.errors import EdgeMismatch, Step3HeteroError
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.timeline import SEND, TAKE, Timeline
 from step3_hetero.transport.base import CorruptFrame
@@ -79,14 +79,14 @@ class Worker:
         """Read one message of the front; say whether to go on."""
         try:
             return front.receive(1.0).kind != Kind.STOP
-        except (RoleLost, TransportTimeout):
+        except GONE:
             return False
 
     def _from_caller(self, link: Link) -> bool:
         """Read and answer one message; say whether the caller is still there."""
         try:
             self._take(link)
-        except (RoleLost, TransportTimeout):
+        except GONE:
             return False
         return True
 
