@@ -81,8 +81,9 @@ class Doorman:
             if not self._callers:
                 return None
             os.eventfd_read(self._bell)
-            self._inside.append(self._callers[0])
-            return self._callers.popleft()
+            link = self._callers.popleft()
+            self._inside = [*(one for one in self._inside if not one.closed), link]
+            return link
 
     def front_left(self) -> None:
         """Let go of everybody who came for the front that is served no more."""
@@ -107,11 +108,18 @@ class Doorman:
     def _stand(self) -> None:
         while not self._is_closed:
             with suppress(TransportTimeout):
-                channel = self._listener.accept(TICK_S)
-                if self._greeted.acquire(blocking=False):
-                    threading.Thread(target=self._greet, args=(channel,), daemon=True).start()
-                else:
-                    channel.close()
+                self._meet(self._listener.accept(TICK_S))
+
+    def _meet(self, channel: Channel) -> None:
+        """Greet a peer in a thread; where none is to be had, that peer has come in vain."""
+        if not self._greeted.acquire(blocking=False):
+            channel.close()
+            return
+        try:
+            threading.Thread(target=self._greet, args=(channel,), daemon=True).start()
+        except RuntimeError:  # out of threads
+            self._greeted.release()
+            channel.close()
 
     def _greet(self, channel: Channel) -> None:
         link = Link(channel, "a caller")
@@ -157,7 +165,7 @@ class Doorman:
                 self._changed.notify_all()
                 return
             if not self._has_front:
-                raise self._refused(link, "has no front now")
+                raise self._refused(link, "has no front now", busy=True)
             link.send(Kind.AGREED, said=agreed)
             self._callers.append(link)
             os.eventfd_write(self._bell, 1)

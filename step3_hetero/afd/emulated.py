@@ -87,10 +87,11 @@ class EmulatedChannel(Channel):
                 return
             self._closed = True
             self._arrived.notify_all()
-        self._out.close()
+        self._out.close(FLUSH_S)
         self._thread.join()
         self._in.close()
         self._inner.close()
+        self._out.close()  # what had begun to leave before is let go with the channel below
         os.close(self._bell)
 
     def _leave(self, frame: Frame) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from select import select
 from typing import Any
 
-from step3_hetero.afd.messages import Kind
+from step3_hetero.afd.messages import Kind, Said
 from step3_hetero.afd.parcel import parcel, unpacked
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.specs import HostArray
@@ -32,7 +32,8 @@ UNREAD_S = 0.1
 
 BEAT = parcel(Kind.BEAT, 0, 0, {}, {})
 
-Said = dict[str, Any]
+GONE = (RoleLost, TransportTimeout)
+"""A peer that has ended, or does nothing for too long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +121,8 @@ class Link:
 
         Raises:
             EdgeMismatch: the peer refuses, or says something else.
+            RoleLost: it refuses for now, or as ``receive``.
+            TransportTimeout, CorruptFrame: as ``receive``.
         """
         until = time.monotonic() + deadline_s
         while True:
@@ -127,7 +130,8 @@ class Link:
             if message.kind == Kind.BEAT:
                 continue
             if message.kind == Kind.REFUSED:
-                raise EdgeMismatch(str(message.said.get("why", f"{self.name} refuses")))
+                why = str(message.said.get("why", f"{self.name} refuses"))
+                raise RoleLost(why) if message.said.get("busy") else EdgeMismatch(why)
             if message.kind != kind:
                 raise EdgeMismatch(f"{self.name} said {message.kind}, expected {kind.name.lower()}")
             return message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
@@ -23,6 +22,9 @@ from step3_hetero.specs import HostArray
 Arrays = dict[str, HostArray]
 Said = dict[str, Any]
 
+MOST_NUMBER = 1 << 63
+"""Beyond it JSON says numbers that no array and no float holds."""
+
 
 def total_bytes(arrays: Mapping[str, HostArray]) -> int:
     """Return the bytes of all arrays together."""
@@ -33,11 +35,11 @@ def number_of(said: Mapping[str, Any], key: str) -> float:
     """Return a number that a message says; 0 if it says nothing of it.
 
     Raises:
-        EdgeMismatch: it is no finite number.
+        EdgeMismatch: it is no finite number, or beyond 64 bits.
     """
     value = said.get(key, 0)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise EdgeMismatch(f"{key}: {value!r} refused; allowed: a finite number")
+    if type(value) not in (int, float) or not -MOST_NUMBER < value < MOST_NUMBER:
+        raise EdgeMismatch(f"{key}: {value!r:.80} refused; allowed: a finite number of 64 bits")
     return float(value)
 
 
@@ -51,7 +53,7 @@ class Kind(IntEnum):
     REFUSED = 3
     """Who listens, before it closes: why not."""
     LOAD = 4
-    """The front: load your weights; peers are named."""
+    """The front: load your weights."""
     READY = 5
     """A role: its stages are loaded."""
     BATCH = 6
@@ -75,7 +77,7 @@ class Kind(IntEnum):
     STOP = 15
     """The front: finish what is under way and end."""
     AGAIN = 17
-    """Anybody: a frame came damaged; send again what is not answered yet."""
+    """A role that answers calls: a frame came damaged; send again what is not answered yet."""
     LOST = 18
     """Attention to the front: an instance of another role is gone, or gives no sign of life."""
     LEAVING = 19

@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from step3_hetero.afd.link import Link, Message
+from step3_hetero.afd.link import GONE, Link, Message
 from step3_hetero.afd.messages import Kind
-from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
+from step3_hetero.errors import Step3HeteroError
 from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import CorruptFrame
-
-GONE = (RoleLost, TransportTimeout)
 
 Connect = Callable[[str, str], Link]
 """Opens a link to (name, address), contract agreed."""
@@ -93,7 +91,7 @@ class Remote:
             self._addresses[number] = address
             try:
                 self._links[number] = self._connect(f"{self.role}:{number}", address)
-            except GONE:
+            except (*GONE, CorruptFrame):
                 self._lost.add(number)
         self._place()
 

@@ -163,6 +163,16 @@ def _serve_front(
     worker.serve(front, doorman, greet, service.is_over)
 
 
+def _agree_with(settings: RoleProcessSettings, link: Link, name: str, address: str) -> None:
+    """Greet the instance ``name``; in a set it has to be that one and no other."""
+    asked_s = say_hello(link, settings.contract, settings.label)
+    agreed = link.wants(Kind.AGREED, settings.deadline_s)
+    take_agreed(link, agreed, settings.contract, settings.label, asked_s)
+    shares = settings.set_of[name.partition(":")[0]] > 1
+    if shares and (there := agreed.said.get("name")) != name:
+        raise EdgeMismatch(f"{address}: {there!r} listens there; expected {name!r}")
+
+
 def _lead(
     settings: RoleProcessSettings,
     front: Link,
@@ -176,12 +186,11 @@ def _lead(
             address, settings.limits, settings.deadline_s, settings.key
         )
         link = Link(over(settings.links, name, channel), name)
-        asked_s = say_hello(link, settings.contract, settings.label)
-        agreed = link.wants(Kind.AGREED, settings.deadline_s)
-        take_agreed(link, agreed, settings.contract, settings.label, asked_s)
-        shares = settings.set_of[name.partition(":")[0]] > 1
-        if shares and (there := agreed.said.get("name")) != name:
-            raise EdgeMismatch(f"{address}: {there!r} listens there; expected {name!r}")
+        try:
+            _agree_with(settings, link, name, address)
+        except BaseException:
+            link.close()
+            raise
         heart.watch(link)
         return link
 

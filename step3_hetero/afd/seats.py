@@ -9,10 +9,8 @@ from enum import Enum
 from typing import Any
 
 from step3_hetero.afd.launcher import START_S, Handle, Member, Reports
+from step3_hetero.afd.link import GONE as GONE
 from step3_hetero.afd.link import Link
-from step3_hetero.errors import RoleLost, TransportTimeout
-
-GONE = (RoleLost, TransportTimeout)
 
 SEEN_DEAD_S = 1.0
 """How long after its link broke a process may take to be seen dead before it is killed: its exit

@@ -33,7 +33,7 @@ class Wire:
         """Return the arrays that travel, on the host; a scale goes beside its codes."""
         sent: dict[str, HostArray] = {}
         for name, x in outputs.items():
-            if not self._casts(name):
+            if not self.casts(name):
                 sent[name] = device.to_host(x)
             elif self.dtype in SCALED:
                 codes, scale = device.kernel("quantise")(x, dtype=self.dtype)
@@ -59,5 +59,6 @@ class Wire:
             found[name] = x
         return found
 
-    def _casts(self, name: str) -> bool:
+    def casts(self, name: str) -> bool:
+        """Say whether a tensor of this name travels in ``dtype``."""
         return bool(self.dtype) and name in ("u", "y")

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from step3_hetero.afd.link import Link, Message, ready
+from step3_hetero.afd.asked import rows_asked, taken
+from step3_hetero.afd.link import GONE, Link, Message, ready
 from step3_hetero.afd.messages import Kind, Said, number_of, rows_only, total_bytes
 from step3_hetero.afd.partials import own_experts
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array
-from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
+from step3_hetero.errors import EdgeMismatch, Step3HeteroError
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.timeline import SEND, TAKE, Timeline
-from step3_hetero.specs import HostArray, TensorSpec
 from step3_hetero.transport.base import CorruptFrame
 
 Greet = Callable[[], Link | None]
@@ -37,16 +37,8 @@ class Door(Protocol):
         """Return the descriptor."""
 
 
-MAIN_INPUT = {"ffn": "u", "vision": "pixels"}
-"""The input by whose rows the others are judged."""
-
-
-def taken(loaded: LoadedStage) -> dict[str, TensorSpec]:
-    """Return what a stage takes, by name; pixels come from outside the graph."""
-    if loaded.node.kind == "vision":
-        dims = ("images", "height", "width", "channels")
-        return {"pixels": TensorSpec("pixels", dims, loaded.node.spec.dtype)}
-    return {t.name: t for t in loaded.node.takes}
+MOST_WHY = 2000
+"""Characters of an answer that refuses: what a caller said may come back in it."""
 
 
 class Worker:
@@ -87,14 +79,14 @@ class Worker:
         """Read one message of the front; say whether to go on."""
         try:
             return front.receive(1.0).kind != Kind.STOP
-        except (RoleLost, TransportTimeout):
+        except GONE:
             return False
 
     def _from_caller(self, link: Link) -> bool:
         """Read and answer one message; say whether the caller is still there."""
         try:
             self._take(link)
-        except (RoleLost, TransportTimeout):
+        except GONE:
             return False
         return True
 
@@ -120,7 +112,7 @@ class Worker:
                 self._timeline.batch = int(number_of(message.said, "batch"))
             run = self._answer(message, start_s, call)
         except Step3HeteroError as error:
-            link.send(Kind.FAILED, message.seq, {"why": str(error)})
+            link.send(Kind.FAILED, message.seq, {"why": str(error)[:MOST_WHY]})
             return
         loaded, outputs, said = run
         said |= {"waited_s": waited_s, "sent_s": self._sent_s, "call": call}
@@ -143,8 +135,8 @@ class Worker:
         loaded = self._stages.get(name)
         if loaded is None:
             raise EdgeMismatch(f"asked for {name!r}; here: {', '.join(self._stages)}")
-        device, takes = loaded.device, taken(loaded)
-        rows = self._checked(loaded, message.arrays, takes)
+        device, takes = loaded.device, taken(loaded.node)
+        rows = rows_asked(loaded.node, message.arrays, self._a2f, self._tokens)
         inputs = self._a2f.to_device(device, own_experts(loaded.node, message.arrays), takes)
         if loaded.node.kind != "vision":
             loaded.stage.plan(rows_only(rows))
@@ -156,20 +148,3 @@ class Worker:
             self._timeline.add(TAKE, name, start_s, start, size, call)
             self._timeline.add(loaded.node.kind, name, start, end)
         return loaded, outputs, {"seconds": end - start, "taken_s": start - start_s}
-
-    def _checked(
-        self, loaded: LoadedStage, arrays: Mapping[str, HostArray], takes: Mapping[str, TensorSpec]
-    ) -> int:
-        """Return the number of rows; refuse what this stage could not mean."""
-        main = arrays.get(MAIN_INPUT[loaded.node.kind])
-        if main is None or not set(arrays) <= {*takes, *(f"{n}.scale" for n in takes)}:
-            raise EdgeMismatch(f"{loaded.node.name} takes {', '.join(takes)}, got {list(arrays)}")
-        if loaded.node.kind == "vision":
-            return len(main)
-        rows = len(main)
-        if rows > self._tokens or any(len(x) != rows for x in arrays.values()):
-            lengths = {name: len(x) for name, x in arrays.items()}
-            raise EdgeMismatch(
-                f"{loaded.node.name}: rows {lengths}; allowed: alike, to {self._tokens}"
-            )
-        return rows

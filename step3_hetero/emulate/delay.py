@@ -43,13 +43,13 @@ class Delay(Generic[Item]):
             self._changed.notify_all()
         return True
 
-    def close(self) -> None:
-        """Hand on at once what is still on its way, and end."""
+    def close(self, wait_s: float | None = None) -> None:
+        """Hand on at once what is still on its way, and end; wait for that, for so long at most."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(wait_s)
 
     def _has_room(self) -> bool:
         return self._closed or len(self._waiting) < MOST_WAITING

@@ -177,5 +177,6 @@ class Transport(ABC):
 
         Raises:
             TransportTimeout: nobody listens there.
+            RoleLost: who listened there is gone.
             EdgeMismatch: the peer speaks another version, has other limits, or refuses the key.
         """

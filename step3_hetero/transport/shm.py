@@ -269,23 +269,31 @@ def _swapped(sock: socket.socket, fd: int, patience: Patience) -> int:
 
     Raises:
         EdgeMismatch: it gives none.
+        RoleLost, TransportTimeout: it is gone, or too slow.
     """
     space = socket.CMSG_LEN(array.array("i").itemsize)  # one descriptor: the kernel closes more
     sock.settimeout(max(1e-3, patience.left_s()))
     try:
         socket.send_fds(sock, [b"R"], [fd], NO_SIGNAL)
         said, extra, _, _ = sock.recvmsg(1, space, socket.MSG_CMSG_CLOEXEC)
+    except TimeoutError as cause:
+        raise TransportTimeout(f"the peer gave no ring: {cause}") from None
     except OSError as cause:
-        raise EdgeMismatch(f"the peer gave no ring: {cause}") from None
+        raise RoleLost(f"the peer left before it gave a ring: {cause}") from None
     finally:
         sock.settimeout(None)
     for level, kind, data in extra:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             return int(array.array("i", data[:4])[0])
+    if not said:
+        raise RoleLost("the peer left before it gave a ring")
     raise EdgeMismatch(f"the peer gave no ring, but {said!r}")
 
 
 def _is_gone(stream: Stream) -> bool:
     poll = select.poll()
-    poll.register(stream.fileno(), select.POLLRDHUP | select.POLLHUP)
+    try:
+        poll.register(stream.fileno(), select.POLLRDHUP | select.POLLHUP)
+    except (ValueError, OSError):  # it was closed here, meanwhile
+        return True
     return bool(poll.poll(0))

@@ -179,7 +179,8 @@ def shake_hands(
 
     Each side answers the other's nonce with an HMAC-SHA256 that names its own side, so that an
     answer cannot be sent back to where it came from, and the listener's certificate, if it has
-    one, so that nobody in between can pass it on.
+    one, so that nobody in between can pass it on. Both give their proof before they judge the
+    other's, so each is told of a wrong key: who ends without a proof has not refused, but gone.
 
     Raises:
         EdgeMismatch: the peer differs, or does not know the key.
@@ -202,8 +203,8 @@ def shake_hands(
     write(stream, [memoryview(_proof(key, sides[0], nonce, mine, bound))], patience)
     try:
         answer = read_bytes(stream, PROOF_BYTES, patience)
-    except RoleLost:
-        raise EdgeMismatch("the peer refuses the key") from None
+    except RoleLost as gone:
+        raise RoleLost(f"the peer left while it was greeted: {gone}") from gone
     if not hmac.compare_digest(answer, _proof(key, sides[1], mine, nonce, bound)):
         raise EdgeMismatch("the peer does not know the key")
 

@@ -110,8 +110,9 @@ class TcpChannel(Channel):
         return self._stream.fileno()
 
     def close(self) -> None:
-        """See Channel.close."""
+        """See Channel.close. Parts that were lent keep their own memory."""
         self._stream.close()
+        self._buffer, self._lent = aligned_buffer(0, ALIGNMENT), None
 
     def _rest(self, fixed: memoryview, begun: int, pause_s: float) -> Frame:
         """Return the frame of which ``begun`` bytes have been read."""
@@ -134,10 +135,11 @@ class TcpChannel(Channel):
 
     def _room(self, nbytes: int) -> Bytes:
         """Return memory for a frame's parts: the same again, once nobody holds the last frame."""
-        is_free = self._lent is None or self._lent.is_returned()
-        if not is_free or self._buffer.nbytes < nbytes:
-            self._buffer = aligned_buffer(nbytes, ALIGNMENT)
-        return self._buffer[:nbytes]
+        lent, buffer = self._lent, self._buffer  # another thread may close meanwhile
+        is_free = lent is None or lent.is_returned()
+        if not is_free or buffer.nbytes < nbytes:
+            buffer = self._buffer = aligned_buffer(nbytes, ALIGNMENT)
+        return buffer[:nbytes]
 
 
 class TcpTransport(Transport):

@@ -71,7 +71,7 @@ class TlsStream(Stream):
 
         Raises:
             EdgeMismatch: the peer speaks no TLS, or shows no certificate that the CA signed.
-            TransportTimeout: it is too slow.
+            RoleLost, TransportTimeout: it is gone, or too slow.
         """
         sock.setblocking(False)
         listens = own is not None
@@ -79,6 +79,9 @@ class TlsStream(Stream):
         try:
             _shake(secure, patience)
             theirs = secure.getpeercert(binary_form=True)
+        except (ssl.SSLEOFError, ConnectionError) as cause:  # who refuses says so first
+            secure.close()
+            raise RoleLost(f"the peer left during the TLS handshake: {cause}") from cause
         except OSError as cause:
             secure.close()
             raise EdgeMismatch(f"the peer does not agree on TLS: {cause}") from cause

@@ -89,7 +89,7 @@ def test_a_role_with_a_front_does_not_echo(door):
 
 def test_a_caller_without_a_front_is_refused_and_one_with_is_let_in(door):
     doorman, connect = door
-    with pytest.raises(EdgeMismatch, match="f:0 has no front now"):
+    with pytest.raises(RoleLost, match="f:0 has no front now"):
         hello(connect(), "a:0").wants(Kind.AGREED, 5)
     hello(connect(), traced=True).wants(Kind.AGREED, 5)
     assert doorman.served() is True

@@ -7,7 +7,7 @@ import pytest
 from step3_hetero.afd.link import Message
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.remote import Remote
-from step3_hetero.errors import RoleLost, Step3HeteroError
+from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.transport.base import CorruptFrame
 
 
@@ -160,3 +160,18 @@ def test_what_a_member_cannot_do_is_told_in_its_own_words():
     role.remote.call(7, {}, {})
     with pytest.raises(Step3HeteroError, match="no such stage"):
         role.says(1, Message(Kind.FAILED, 1, 7, {"why": "no such stage"}, {}))
+
+
+@pytest.mark.parametrize("passing", [RoleLost("busy"), TransportTimeout("mute"), CorruptFrame("")])
+def test_member_that_cannot_be_reached_for_now_is_told_lost_and_reached_later(passing, monkeypatch):
+    role = Role(1, ep=1)
+
+    def fail(name, address):
+        raise passing
+
+    with monkeypatch.context() as patched:
+        patched.setattr(role.remote, "_connect", fail)
+        role.live([0])
+    assert role.remote.links == [] and role.remote.lost() == [0]
+    role.live([0])
+    assert role.remote.links == [role.peers[0]] and role.remote.lost() == []

@@ -26,7 +26,20 @@ class Caller:
 
 
 @pytest.mark.parametrize("key", ["call", "batch"])
-@pytest.mark.parametrize("value", ["x", [1], None, True, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x",
+        [1],
+        None,
+        True,
+        float("nan"),
+        float("inf"),
+        pytest.param(10**400, id="huge"),
+        -(2**63),
+        1e300,
+    ],
+)
 def test_number_that_is_none_is_refused_and_the_caller_is_kept(key, value):
     worker = Worker({}, Wire(), Wire(), 4, Timeline("f:0"))
     caller = Caller({"stage": "ffn[1]", key: value})

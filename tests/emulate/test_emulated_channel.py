@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from step3_hetero.afd.emulated import EmulatedChannel, over
+from step3_hetero.afd.emulated import SEND_S, EmulatedChannel, over
 from step3_hetero.emulate.delay import MOST_WAITING
 from step3_hetero.emulate.link import Link
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
@@ -225,3 +225,14 @@ def test_only_links_that_are_emulated_are_wrapped():
     wrapped = over({"f": Link(1.0)}, "f:1", plain)
     assert isinstance(wrapped, EmulatedChannel)
     wrapped.close()
+
+
+@pytest.mark.parametrize("ends_over", ["shm", "tcp"], indirect=True)
+def test_close_waits_no_longer_than_frames_may_take_to_leave(ends_over):
+    one, _unread = ends_over(Link(0.0))
+    with pytest.raises(TransportTimeout):
+        for seq in range(500):  # until the peer's buffers are full, and this side's
+            one.send(frame(seq, 1 << 20), 0.5)
+    start = time.monotonic()
+    one.close()
+    assert time.monotonic() - start < SEND_S / 2

@@ -1,0 +1,80 @@
+"""What a caller may ask a worker's stage to run on: the tensors that the stage takes, as they are.
+
+A caller of another build, or one that is broken, costs itself the call and nobody else anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from step3_hetero.afd.wire import SCALED, Wire
+from step3_hetero.errors import EdgeMismatch
+from step3_hetero.graph import GraphStage
+from step3_hetero.specs import FP8_BLOCK, FfnSpec, HostArray, TensorSpec, VisionSpec
+
+
+def taken(node: GraphStage) -> dict[str, TensorSpec]:
+    """Return what a stage takes, by name; pixels come from outside the graph."""
+    if node.kind == "vision":
+        dims = ("images", "size", "size", "channels")
+        return {"pixels": TensorSpec("pixels", dims, node.spec.dtype)}
+    return {t.name: t for t in node.takes}
+
+
+def rows_asked(
+    node: GraphStage, arrays: Mapping[str, HostArray], wire: Wire, most_rows: int
+) -> int:
+    """Return for how many rows (tokens, or images) a stage is asked.
+
+    Shapes: u (tokens, hidden); weights, ids (tokens, top_k); pixels (images, size, size, channels).
+    A scale (tokens, ceil(hidden / 128)) stands beside codes, as op quantise gives it.
+
+    Raises:
+        EdgeMismatch: the stage takes other tensors, or others of that name.
+    """
+    takes = taken(node)
+    codes = [n for n in takes if n in arrays and arrays[n].dtype.name in SCALED]
+    if set(arrays) != {*takes, *(f"{n}.scale" for n in codes)}:
+        scaled = f" with {', '.join(f'{n}.scale' for n in codes)}" if codes else ""
+        raise EdgeMismatch(
+            f"{node.name}: {', '.join(arrays) or 'no tensor'} refused; it takes "
+            f"{', '.join(takes)}{scaled}"
+        )
+    if isinstance(node.spec, VisionSpec):
+        return _images(node.name, node.spec, arrays["pixels"])
+    assert isinstance(node.spec, FfnSpec), f"a worker has no {node.kind} stage"
+    widths = {"hidden": node.spec.hidden, "top_k": node.spec.top_k}
+    for name, spec in takes.items():
+        width, dtypes = widths[spec.dims[1]], [spec.dtype]
+        if wire.casts(name) and wire.dtype != spec.dtype:
+            dtypes.append(wire.dtype)
+        _check(node.name, name, arrays[name], dtypes, width)
+        if name in codes:
+            scale, runs = f"{name}.scale", -(-width // FP8_BLOCK)
+            _check(node.name, scale, arrays[scale], ["float32"], runs)
+    lengths = {name: len(x) for name, x in arrays.items()}
+    rows = lengths["u"]
+    if rows > most_rows or set(lengths.values()) != {rows}:
+        raise EdgeMismatch(f"{node.name}: rows {lengths} refused; allowed: alike, to {most_rows}")
+    return rows
+
+
+def _check(stage: str, name: str, x: HostArray, dtypes: Sequence[str], width: int) -> None:
+    if x.ndim != 2 or x.shape[1] != width or x.dtype.name not in dtypes:
+        raise EdgeMismatch(
+            f"{stage}: {name} {x.dtype.name} {x.shape} refused; allowed: "
+            f"{' or '.join(dtypes)} (tokens, {width})"
+        )
+
+
+def _images(stage: str, spec: VisionSpec, pixels: HostArray) -> int:
+    """Return the number of images; the downsampler needs two patches a side."""
+    least = 2 * spec.patch
+    _, height, width, channels = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
+    fits = height == width >= least and channels == spec.channels
+    if not fits or pixels.dtype.name != spec.dtype:
+        raise EdgeMismatch(
+            f"{stage}: pixels {pixels.dtype.name} {pixels.shape} refused; allowed: {spec.dtype} "
+            f"(images, size, size, {spec.channels}), size from {least}"
+        )
+    return len(pixels)
