@@ -42,7 +42,11 @@ class Underway:
 
 
 class Driver:
-    """Runs the front's micro-batches, several side by side: while one waits another computes."""
+    """Runs the front's micro-batches, several side by side: while one waits another computes.
+
+    It never waits in sending, and so always comes to read: front and workers, who do wait, each
+    send to a driver, so that no ring of processes waits for itself, however large the frames.
+    """
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class Driver:
                 self._resume(front, *self._answers.popleft())
             for role, remote in self._remotes.items():
                 for number in remote.lost():
-                    front.send(Kind.LOST, said={"role": role, "instance": number})
+                    front.post(Kind.LOST, said={"role": role, "instance": number})
 
     def _awaited(self, links: Sequence[Link]) -> list[Link]:
         """Wait until something comes; while micro-batches are under way that is idle time."""
@@ -122,7 +126,7 @@ class Driver:
         try:
             answer = remote.read(link)
         except Step3HeteroError as error:
-            front.send(Kind.FAILED, said={"why": f"{link.name}: {error}"})
+            front.post(Kind.FAILED, said={"why": f"{link.name}: {error}"})
             return
         if answer is None:
             return
@@ -171,7 +175,7 @@ class Driver:
         try:
             outputs = added(self._program.home, self._f2a, [p.arrays for p in parts], gives)
         except Step3HeteroError as error:
-            front.send(Kind.FAILED, said={"why": f"{waiting.call.node.name}: {error}"})
+            front.post(Kind.FAILED, said={"why": f"{waiting.call.node.name}: {error}"})
             return
         self._advance(front, waiting.ticket, waiting.passing, outputs)
 
@@ -203,4 +207,4 @@ class Driver:
         said["times"] = self._program.clock.to_wire()
         if self._program.timeline is not None:
             said["spans"] = self._program.timeline.drain()
-        front.send(Kind.RESULT, ticket, said, arrays)
+        front.post(Kind.RESULT, ticket, said, arrays)

@@ -10,10 +10,11 @@ from select import select
 from typing import Any
 
 from step3_hetero.afd.messages import Kind, Said
+from step3_hetero.afd.outbox import Outbox
 from step3_hetero.afd.parcel import parcel, unpacked
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.specs import HostArray
-from step3_hetero.transport.base import Channel, FrameLimits
+from step3_hetero.transport.base import Channel, Frame, FrameLimits
 
 BEATS_PER_DEADLINE = 4
 
@@ -48,7 +49,7 @@ class Message:
 
 
 class Link:
-    """One peer. Any thread may send; one receives.
+    """One peer. Any thread may send; one receives, and it alone posts.
 
     ``ahead_s`` is by how much the peer's clock shows more than ours, where that is known.
     """
@@ -60,10 +61,12 @@ class Link:
         self.closed = False
         self.ahead_s = 0.0
         self._sending = threading.Lock()
+        self._outbox: Outbox | None = None
+        self._unsent: Step3HeteroError | None = None
 
     def fileno(self) -> int:
-        """Return what ``select`` waits for."""
-        return self.channel.fileno()
+        """Return what ``select`` waits for; -1: the link is closed, as ``receive`` tells."""
+        return -1 if self.closed else self.channel.fileno()
 
     def send(
         self,
@@ -79,9 +82,38 @@ class Link:
         Raises:
             RoleLost, TransportTimeout: the peer is gone, or takes nothing any more.
         """
+        self._send(parcel(kind, epoch, seq, said or {}, arrays or {}))
+
+    def post(
+        self,
+        kind: Kind,
+        seq: int = 0,
+        said: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, HostArray] | None = None,
+        *,
+        epoch: int = 0,
+    ) -> None:
+        """Send one message without waiting: ``arrays`` must stay as they are until it has left.
+
+        If it cannot be sent the link is closed, and the next ``receive`` says why. On a closed
+        link it goes nowhere.
+        """
         frame = parcel(kind, epoch, seq, said or {}, arrays or {})
+        if self._outbox is None:
+            self._outbox = Outbox(self.name, self._send, self._not_sent)
+        self._outbox.put(frame)
+
+    def flush(self, deadline_s: float) -> bool:
+        """Wait until all that was posted has left, or the link is closed; say if it was in time."""
+        return self._outbox is None or self._outbox.flush(deadline_s)
+
+    def _send(self, frame: Frame) -> None:
         with self._sending:
             self.channel.send(frame, SEND_DEADLINE_S)
+
+    def _not_sent(self, error: Step3HeteroError) -> None:
+        self._unsent = error
+        self.close()
 
     def beat(self) -> None:
         """Send a sign of life, if that can be done at once.
@@ -106,7 +138,11 @@ class Link:
         Raises:
             TransportTimeout, CorruptFrame: as ``Channel.receive``.
             RoleLost: the peer is gone, or its frame is none; the link is closed then.
+            Step3HeteroError: what was posted could not be sent; told once, the link is closed.
         """
+        if self._unsent is not None:
+            unsent, self._unsent = self._unsent, None
+            raise unsent
         try:
             frame = self.channel.receive(deadline_s)
             self.last_seen = time.monotonic()
@@ -154,7 +190,9 @@ class Link:
         """Let go of the channel."""
         if not self.closed:
             self.closed = True
-            self.channel.close()
+            self.channel.close()  # wakes who sends
+            if self._outbox is not None:
+                self._outbox.close()
 
 
 class Heart:

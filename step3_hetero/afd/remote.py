@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from step3_hetero.afd.link import GONE, Link, Message
@@ -19,7 +19,7 @@ Connect = Callable[[str, str], Link]
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A call on its way to one member of a set, and when the sending began and ended."""
+    """A call on its way to one member of a set, and when its handing over began and ended."""
 
     member: int
     start_s: float
@@ -98,7 +98,7 @@ class Remote:
     def call(
         self, seq: int, said: Mapping[str, Any], arrays: Mapping[str, HostArray]
     ) -> list[Sent]:
-        """Ask one set to run a stage; return what has been sent. Answers come with ``seq``.
+        """Ask one set to run a stage; return what leaves now. Answers come with ``seq``.
 
         Each member is told ``call``, a number for what crosses the edge: two more than the member
         before it.
@@ -132,7 +132,8 @@ class Remote:
         elif message.kind == Kind.ANSWER:
             asked = self._asked.get(message.seq)
             if asked is not None and asked.epoch == message.epoch and asked.owed_by(link):
-                asked.answers[number % self._sharers] = message
+                is_last = len(asked.answers) == self._sharers - 1
+                asked.answers[number % self._sharers] = message if is_last else _kept(message)
                 self._damaged.discard(number)
                 return message
         return None
@@ -180,21 +181,17 @@ class Remote:
         return range(number * self._sharers, (number + 1) * self._sharers)
 
     def _ask(self, asked: Asked, number: int) -> None:
-        """Send a call to every member of a set; if one is gone meanwhile, nobody has it."""
+        """Send a call to every member of a set."""
         asked.epoch += 1
         asked.links = tuple(self._links[n] for n in self._members(number))
-        for member, instance in enumerate(self._members(number)):
-            if asked.links:
-                self._send(asked, member, instance)
+        for member in range(self._sharers):
+            self._send(asked, member)
 
-    def _send(self, asked: Asked, member: int, instance: int) -> None:
+    def _send(self, asked: Asked, member: int) -> None:
         start = time.monotonic()
         said = {**asked.said, "call": int(asked.said.get("call", 0)) + 2 * member}
-        try:
-            asked.links[member].send(Kind.CALL, asked.seq, said, asked.arrays, epoch=asked.epoch)
-            asked.sent.append(Sent(member, start, time.monotonic()))
-        except GONE:
-            self._drop(instance)
+        asked.links[member].post(Kind.CALL, asked.seq, said, asked.arrays, epoch=asked.epoch)
+        asked.sent.append(Sent(member, start, time.monotonic()))
 
     def _damage(self, number: int, link: Link) -> None:
         """Send once more what a damaged frame may have been; the second time the role is dropped.
@@ -207,7 +204,7 @@ class Remote:
             self._damaged.add(number)
             for asked in self._asked.values():
                 if asked.owed_by(link):
-                    self._send(asked, number % self._sharers, number)
+                    self._send(asked, number % self._sharers)
         self._place()
 
     def _drop(self, number: int) -> None:
@@ -221,3 +218,8 @@ class Remote:
         for asked in self._asked.values():
             if any(x is link for x in asked.links):
                 asked.taken_back()
+
+
+def _kept(message: Message) -> Message:
+    """Return an answer that waits for those of others: what its link lent would hold that up."""
+    return replace(message, arrays={name: x.copy() for name, x in message.arrays.items()})

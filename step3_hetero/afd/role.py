@@ -13,7 +13,7 @@ from step3_hetero.afd.driver import Driver
 from step3_hetero.afd.emulated import over
 from step3_hetero.afd.greeting import say_hello, take_agreed
 from step3_hetero.afd.launcher import START_S
-from step3_hetero.afd.link import Heart, Link
+from step3_hetero.afd.link import SEND_DEADLINE_S, Heart, Link
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
@@ -206,6 +206,7 @@ def _lead(
     )
     try:
         driver.serve(front, service.is_over)
+        front.flush(SEND_DEADLINE_S)
     finally:
         for remote in remotes.values():
             remote.close()

@@ -98,6 +98,8 @@ class ShmChannel(Channel):
         if size:
             place = self._reserved(size, deadline_s)
             room = self._mine.ring[place : place + size].data
+            if len(room) < size:
+                raise RoleLost("the channel is closed")
             targets = header.parts_in(room[head_room:])
             if not inline:
                 room[: header.head_bytes] = memoryview(frame.head).cast("B")
@@ -259,9 +261,13 @@ def _abstract(address: str) -> str:
 
 
 def capacity_of(limits: FrameLimits) -> int:
-    """Return the bytes of a ring: two frames of the largest kind fit, whatever lies between."""
+    """Return the bytes of a ring: three frames of the largest kind.
+
+    A frame stays lent until the next one is received, so that there has to be room for that one,
+    in one piece, wherever the first lies: beside it in the middle, on either side.
+    """
     parts = limits.part_bytes + ALIGNMENT * limits.parts
-    return 2 * (aligned(limits.head_bytes) + aligned(parts) + ALIGNMENT)
+    return 3 * (aligned(limits.head_bytes) + aligned(parts) + ALIGNMENT)
 
 
 def _swapped(sock: socket.socket, fd: int, patience: Patience) -> int:

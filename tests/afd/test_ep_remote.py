@@ -21,9 +21,7 @@ class Peer:
         self.closed = False
         self.silent = 0.0
 
-    def send(self, kind, seq, said, arrays, *, epoch):
-        if self.closed:
-            raise RoleLost(self.name)
+    def post(self, kind, seq, said, arrays, *, epoch):
         assert kind == Kind.CALL
         self.calls.append((seq, epoch, said["call"]))
 
@@ -149,9 +147,9 @@ def test_member_that_is_silent_while_it_owes_is_lost_and_one_that_owes_nothing_i
 
 def test_member_that_is_gone_when_it_is_asked_leaves_the_call_to_the_replica():
     role = Role(4, ep=2)
-    role.peers[1].closed = True
-    assert [s.member for s in role.remote.call(7, {}, {})] == [0, 1]
-    assert role.asked() == {0: [(7, 1)], 1: [], 2: [(7, 2)], 3: [(7, 2)]}
+    role.remote.call(7, {}, {})
+    assert role.says(1, RoleLost("f:1")) is None  # what was posted did not leave
+    assert role.asked() == {0: [(7, 1)], 1: [(7, 1)], 2: [(7, 2)], 3: [(7, 2)]}
     assert role.remote.lost() == [1]
 
 

@@ -149,6 +149,18 @@ def test_a_caller_without_a_proper_ring_costs_nobody_anything(listener, given):
     assert descriptors() <= before + 4  # others' threads come and go; a leak would be of eight
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (0.3, 1, 1), (0.7, 0.7, 1), (1, 0.3, 1), (0.9, 1, 1)])
+def test_a_ring_has_room_for_the_largest_frame_beside_any_that_is_lent(sizes):
+    whole = CAPACITY // 3 // 64 * 64
+    before, lent, wanted = (round(size * whole) for size in sizes)
+    ring = Ring(CAPACITY)
+    assert ring.reserve(before) is not None
+    read = ring.written
+    assert ring.reserve(lent) is not None
+    ring.has_read(read)
+    assert ring.reserve(wanted) is not None
+
+
 def test_a_ring_gives_out_no_byte_twice_and_all_of_them_in_turn():
     ring, held = Ring(1 << 12), []
     for step in range(2000):
