@@ -1,5 +1,6 @@
 """The key ``emulate``: what it may hold, and one line with its place for everything else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from step3_hetero.emulate.asked import links_from
 from step3_hetero.emulate.link import Link
 from step3_hetero.errors import ConfigError, PlacementError, Step3HeteroError, UnsupportedOp
 from step3_hetero.placement.catalogue import Catalogue
+from step3_hetero.registry import get_backend
 from step3_hetero.runtime.resolving import open_devices, resolve
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-step3-digits"
@@ -48,6 +50,19 @@ def read(tmp_path, monkeypatch):
         return Config.read("run.yaml")
 
     return read
+
+
+@pytest.fixture(autouse=True)
+def no_vendor_stands_in(monkeypatch):
+    """Interpreted kernels and a stand-in driver stay for as long as the process of some test."""
+    for name in ("cuda", "ascend"):
+        backend = type(get_backend(name))
+        claims = backend.reference_info
+
+        def on_cards(self, card, claims=claims):
+            return replace(claims(self, card), tier="device", memory_domain="")
+
+        monkeypatch.setattr(backend, "reference_info", on_cards)
 
 
 def said(read, *changes, error=ConfigError):
