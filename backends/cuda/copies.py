@@ -89,7 +89,7 @@ class Copies:
 
     def _stream(self, way: str) -> Any:
         if way not in self._streams:
-            self._streams[way] = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]  # as above
+            self._streams[way] = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return self._streams[way]
 
     def fetched(self, x: Tensor) -> Tensor:
