@@ -1,6 +1,7 @@
 """Questions about digits to an engine of any shape, and its answers beside another one's."""
 
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 from step3_hetero import SamplingParams, load
@@ -21,6 +22,29 @@ def split(attention, ffn, ep, tp=1, **more):
     return {**APART, **instances, "roles__f__ep": ep, "roles__f__tp": tp, **more}
 
 
+@contextmanager
+def under_way(disturb, *args):
+    """Give a progress callback that starts ``disturb`` in a thread at the first token told.
+
+    No clock says when: a fast machine would be done before.
+    """
+    if disturb is None:
+        yield None
+        return
+    thread = threading.Thread(target=disturb, args=args)
+
+    def tick(done, total):
+        if 0 < done < total and thread.ident is None:
+            thread.start()
+
+    try:
+        yield tick
+        assert thread.ident is not None, "the answers came before the disturbance"
+    finally:
+        if thread.ident is not None:
+            thread.join()
+
+
 def answers(count=6, disturb=None, **overrides):
     """Return each answer's tokens and two best log-probabilities; every other one is sampled."""
     asked = [
@@ -31,10 +55,8 @@ def answers(count=6, disturb=None, **overrides):
         )
         for n in range(count)
     ]
-    with load(DIGITS, **overrides) as engine:
-        if disturb is not None:
-            threading.Timer(0.3, disturb, [engine.executor]).start()
-        done = engine.generate_all(asked)
+    with load(DIGITS, **overrides) as engine, under_way(disturb, engine.executor) as tick:
+        done = engine.generate_all(asked, on_progress=tick)
         assert engine.lanes.free_blocks == engine.executor.kv_blocks * engine.executor.instances
     return [(c.token_ids, c.logprobs) for c in done]
 

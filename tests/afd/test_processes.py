@@ -4,13 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from afd.questions import under_way
 
 from step3_hetero import SamplingParams, load
 from step3_hetero.afd.front import MOST_DEATHS
@@ -42,10 +42,9 @@ def requests(count):
 
 def answers(count=6, disturb=None, **overrides):
     """Return each answer's tokens and log-probabilities; ``disturb`` meets the engine at work."""
-    with load(DIGITS, **{**INVARIANT, **overrides}) as engine:
-        if disturb is not None:
-            threading.Timer(0.3, disturb, [engine.executor]).start()
-        done = engine.generate_all(requests(count))
+    config = {**INVARIANT, **overrides}
+    with load(DIGITS, **config) as engine, under_way(disturb, engine.executor) as tick:
+        done = engine.generate_all(requests(count), on_progress=tick)
         assert engine.lanes.free_blocks == engine.executor.kv_blocks * engine.executor.instances
     return [(c.token_ids, [p.chosen for p in c.logprobs]) for c in done]
 
@@ -168,15 +167,18 @@ def test_a_role_that_ends_by_itself_when_started_again_fails_the_requests(tmp_pa
     values["model"] = str(folder)
     values["roles"]["f"]["backend"] = "cpu"
     values["runtime"]["processes"] = "per-role"
-    with load(values) as engine:
 
-        def gone(executor):
-            (folder / "config.json").rename(folder / "config.gone")
-            os.kill(executor.processes()["f:0"], signal.SIGKILL)
+    def gone(executor):
+        (folder / "config.json").rename(folder / "config.gone")
+        os.kill(executor.processes()["f:0"], signal.SIGKILL)
 
-        threading.Timer(0.3, gone, [engine.executor]).start()
-        with pytest.raises(RoleLost, match=r"f:0 ended with exit code 2 before it was ready"):
-            engine.generate_all(requests(6))
+    said = r"f:0 ended with exit code 2 before it was ready"
+    with (
+        load(values) as engine,
+        under_way(gone, engine.executor) as tick,
+        pytest.raises(RoleLost, match=said),
+    ):
+        engine.generate_all(requests(6), on_progress=tick)
 
 
 def test_wire_in_bfloat16_answers_the_same_digits(together):

@@ -2,14 +2,15 @@
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from afd.questions import under_way
 
 from step3_hetero import SamplingParams, load
 from step3_hetero.errors import ConfigError, PlacementError, RequestError
+from step3_hetero.runtime.request import Request
 
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.ray]
@@ -71,10 +72,9 @@ def test_tokens_are_the_same_when_an_actor_dies(cluster, config, name):
     with load(config, launcher="ray") as engine:
         undisturbed = engine.generate([21, 22, 23], params).token_ids
         pid = engine.executor.processes()[name]
-        kill = threading.Timer(0.05, os.kill, (pid, signal.SIGKILL))
-        kill.start()
-        assert engine.generate([21, 22, 23], params).token_ids == undisturbed
-        kill.join()
+        with under_way(os.kill, pid, signal.SIGKILL) as tick:
+            (done,) = engine.generate_all([Request([21, 22, 23], params)], on_progress=tick)
+        assert done.token_ids == undisturbed
         assert engine.generate([21, 22, 23], params).token_ids == undisturbed
         assert engine.executor.processes().get(name) != pid
 

@@ -5,10 +5,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 
 import pytest
+from afd.questions import under_way
 
 from step3_hetero import SamplingParams, load
 from step3_hetero.errors import EdgeMismatch, RoleLost
@@ -32,10 +32,8 @@ def free_port():
 
 
 def answers(config, disturb=None, **overrides):
-    with load(config, **overrides) as engine:
-        if disturb is not None:
-            threading.Timer(0.2, disturb).start()
-        done = engine.generate_all([Request(p, PARAMS) for p in PROMPTS])
+    with load(config, **overrides) as engine, under_way(disturb) as tick:
+        done = engine.generate_all([Request(p, PARAMS) for p in PROMPTS], on_progress=tick)
     return [(c.token_ids, [p.chosen for p in c.logprobs]) for c in done]
 
 
