@@ -31,9 +31,14 @@ from bench.machine import describe, sentence
 from step3_hetero import SamplingParams, load
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.timeline import Timeline
+from step3_hetero.specs import LOGICAL_BLOCK
 
 MICROBATCHES = (1, 2, 3)
-LEAST_CONTEXT, MOST_CONTEXT = 64, 1536
+LEAST_CONTEXT, MOST_CONTEXT = 144, 1552
+MOST_FILLING_STEPS = 128
+"""The first sequences decode this long at most while the last ones are still prefilled."""
+OWN_TAIL = 16
+"""Tokens of a prompt beyond the whole blocks that all prompts share; these are computed once."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Way:
                 "microbatches": max(1, self.microbatches),
                 "max_batch": -(-batch // max(1, self.microbatches)),
                 "prefill_chunk": 2048,
-                "kv_blocks": batch * -(-(context + 128) // 128) + 8,
+                "kv_blocks": batch * -(-(context + 256) // LOGICAL_BLOCK) + 8,
             },
             "transport": {"kind": transport, "deadline_s": 20.0},
         }
@@ -79,9 +84,10 @@ class Opened:
     timeline: Timeline
 
     def decode(self, prompts: Sequence[list[int]], tokens: int) -> Stretch:
-        """Answer all prompts side by side; return what the decode steps of all of them took.
+        """Decode all prompts side by side; return what ``tokens`` steps of all of them took.
 
-        Time counts from the first step in which every sequence decodes to the last token.
+        Time counts from the first step in which every sequence decodes. None may end before the
+        last step: it would leave a smaller batch behind. So they are asked for more, and cancelled.
         """
         engine, told = self.engine, [0] * len(prompts)
 
@@ -91,35 +97,46 @@ class Opened:
 
             return add
 
-        params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens + MOST_FILLING_STEPS, ignore_eos=True)
         engine.run([engine.submit(prompts[0], SamplingParams(max_tokens=1, ignore_eos=True))])
-        for number, prompt in enumerate(prompts):
+        asked = [
             engine.submit(prompt, params, on_token=count(number))
+            for number, prompt in enumerate(prompts)
+        ]
         while min(told) == 0:
             engine.step()
-        before, done = Stretch.begin(engine.executor), sum(told)
-        while min(told) <= tokens:
+        before, done, last = Stretch.begin(engine.executor), sum(told), min(told) + tokens
+        while min(told) < last:
             engine.step()
-        return before.end(engine.executor, sum(told) - done, self.timeline)
+        stretch = before.end(engine.executor, sum(told) - done, self.timeline)
+        assert max(told) < params.max_tokens, "a sequence ended before the last step"
+        for number in asked:
+            engine.cancel(number)
+        engine.step()
+        return stretch
 
 
 def prompts_of(batch: int, context: int) -> list[list[int]]:
-    """Return prompts that end each in its own way; what they share is computed once."""
+    """Return prompts that end each in its own way; their whole blocks are the same."""
     draw = np.random.default_rng(0)
-    shared = draw.integers(10, 8000, max(context - 32, 0)).tolist()
+    shared = draw.integers(10, 8000, context - 1 - (context - 1) % LOGICAL_BLOCK).tolist()
     return [shared + draw.integers(10, 8000, context - len(shared)).tolist() for _ in range(batch)]
 
 
 def found_context(folder: Path, batch: int, transport: str) -> int:
-    """Return the context at which attention and FFN take equal time, one micro-batch under way."""
+    """Return the context at which attention and FFN take equal time, one micro-batch under way.
+
+    To whole blocks and a tail, as `prompts_of` shares them.
+    """
     way, points = Way(1), []
-    for context in (LEAST_CONTEXT, 512):
+    for context in (LEAST_CONTEXT, 4 * LOGICAL_BLOCK + OWN_TAIL):
         config, timeline = way.config(folder, batch, context, transport), Timeline()
         with load(config, timeline=timeline) as engine:
             points.append(
                 (context, Opened(way, engine, timeline).decode(prompts_of(batch, context), 6))
             )
-    return int(np.clip(equal_context(points), LEAST_CONTEXT, MOST_CONTEXT))
+    blocks = round((equal_context(points) - OWN_TAIL) / LOGICAL_BLOCK)
+    return int(np.clip(blocks * LOGICAL_BLOCK + OWN_TAIL, LEAST_CONTEXT, MOST_CONTEXT))
 
 
 def measure(
@@ -194,7 +211,7 @@ Examples:
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--batch", default=192, show_default=True)
-@click.option("--context", type=click.IntRange(33), help="Tokens of a prompt; found when left out.")
+@click.option("--context", type=click.IntRange(2), help="Tokens of a prompt; found when left out.")
 @click.option("--tokens", default=24, show_default=True, help="Decode steps that are timed.")
 @click.option("--pairs", default=3, show_default=True, help="Turns of every way.")
 @click.option("--transport", default="shm", show_default=True)
