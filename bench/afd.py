@@ -35,6 +35,8 @@ from step3_hetero.specs import LOGICAL_BLOCK
 
 MICROBATCHES = (1, 2, 3)
 LEAST_CONTEXT, MOST_CONTEXT = 144, 1552
+PAGE_COLUMNS = 110
+"""A row stands on one line, in a file as on a terminal."""
 MOST_FILLING_STEPS = 128
 """The first sequences decode this long at most while the last ones are still prefilled."""
 OWN_TAIL = 16
@@ -194,7 +196,7 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             *[f"{c:.3g}" if isinstance(c, float) and c < 100 else _whole(c) for c in cells]
         )
-    Console().print(table)
+    Console(width=PAGE_COLUMNS).print(table)
 
 
 def _whole(cell: object) -> str:

@@ -26,6 +26,10 @@ KEYS_IN_A_ROW = LOGICAL_BLOCK
 """Of float32 inputs the values of so many keys are added up by themselves, then the sums: a plain
 product over hundreds of keys errs by more than float32's own rounding explains."""
 
+KEYS_OF_A_GROUP = 8192
+"""Keys of all sequences that decode together: widened to float32 they are still in cache when they
+are multiplied, in memory that the allocator hands out again instead of fresh pages."""
+
 SCORES_AT_ONCE = 1 << 22
 """Scores of one prefill pass."""
 
@@ -85,7 +89,10 @@ def _groups(meta: BatchMeta) -> list[Group]:
     single = np.flatnonzero(lengths == 1)
     blocks = -(-meta.context_lens[single] // LOGICAL_BLOCK)
     sizes = np.ceil(np.log2(np.maximum(blocks, 1))).astype(int)
-    groups += [_group(meta, single[sizes == size]) for size in np.unique(sizes)]
+    for size in np.unique(sizes):
+        alike = single[sizes == size]
+        most = max(1, KEYS_OF_A_GROUP // max(1, int(meta.context_lens[alike].max())))
+        groups += [_group(meta, alike[i : i + most]) for i in range(0, len(alike), most)]
     return groups
 
 
