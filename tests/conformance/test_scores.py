@@ -23,7 +23,7 @@ def decoding(*positions):
 
 
 def slack(keys, values, *positions, scaled=False):
-    """Return the slack of queries (1, 1), in roundoffs squared; keys and values have two columns."""
+    """Return the slack of queries (1, 1) in roundoffs squared; keys and values are pairs."""
     held = np.zeros((2, 1, 128, 1, 2), np.float32)
     held[0, 0, : len(keys), 0], held[1, 0, : len(values), 0] = keys, values
     q = np.ones((len(positions), 1, 2), np.float32)
