@@ -37,7 +37,7 @@ from step3_hetero.backends.cuda.cards import (
     described,
 )
 from step3_hetero.backends.cuda.copies import Copies, pinned
-from step3_hetero.backends.cuda.graphs import DecodeBatch, GraphedStage
+from step3_hetero.backends.cuda.graphs import CudaGraphedStage, DecodeBatch
 from step3_hetero.backends.cuda.memory import Watched, memory_for, stage_name
 from step3_hetero.backends.cuda.stages import CudaAttention, CudaFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
@@ -245,7 +245,7 @@ class CudaDevice(Device):
         else:
             return compose(self, spec, weights, cache, limits)
         if self.options["graphs"] and not spec.batch_invariant:
-            return GraphedStage(stage, limits, self.place, self._decoding)
+            return CudaGraphedStage(stage, limits, self.place, self._decoding)
         return stage
 
     def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:

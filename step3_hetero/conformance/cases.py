@@ -179,7 +179,7 @@ NARROW_CACHE = (
         *op("attention", {"heads": 8, "kv_heads": 2, "head_dim": 24, **RAGGED, "padding": 1},
             scale=0.2, kv=w),
         *op("attention", {**SMALL, **RAGGED, "padding": 0}, scale=0.25, kv=w, draw="focused"),
-        # In float32 a row of this draw errs by one score's rounding: two runs do not bound it.
+        # In float32 two scores of hundreds that nearly tie may both be off: one does not bound it.
         *op("attention", {**SMALL, **RAGGED, "padding": 0}, scale=0.25, kv=w, draw="large",
             dtypes=("bfloat16",)),
         *op("attention", {**DEEP, "queries": (1, 1, 5), "contexts": (128, 700, 261), "blocks": 12,

@@ -71,6 +71,9 @@ class Trial(Claims, Protocol):
     def call(self, device: Device, placed: Any, dtype: str) -> dict[str, Array]:
         """Run once; may be repeated with the same ``placed``."""
 
+    def expect(self, inputs: Inputs) -> Expected:
+        """Let the reference judge."""
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -137,11 +140,11 @@ def expected_of(trial: Trial) -> tuple[Inputs, Expected]:
     """Draw a case's inputs and let the reference judge them."""
     inputs = trial.inputs()
     with np.errstate(all="ignore"):
-        tell = getattr(trial, "expect", None)
-        return inputs, tell(inputs) if tell else _expect(trial, inputs)
+        return inputs, trial.expect(inputs)
 
 
-def _expect(trial: Trial, inputs: Inputs) -> Expected:
+def expected_by_runs(trial: Trial, inputs: Inputs) -> Expected:
+    """Run the reference in float64, and in the case's dtype in both orders of summation."""
     want, cache_want = judge_run(trial, reference(), inputs.widened(), "float64")
     own, cache = judge_run(trial, reference(), inputs, trial.dtype)
     ordered, cache_ordered = judge_run(trial, reference("in-order"), inputs, trial.dtype)

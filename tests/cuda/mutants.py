@@ -17,9 +17,9 @@ EXPERTS = {"tokens": 40, "experts": 5, "top_k": 2, "hidden": 32, "inter": 48}
 FP8 = "float8_e4m3fn"
 
 
-def attention(dims, **heads):
+def attention(dims, kv="", **heads):
     """Return a case of attention; each sequence adds queries[s] tokens to reach contexts[s]."""
-    return Case("attention", "float32", {**SMALL, **heads, **dims}, {"scale": 0.25})
+    return Case("attention", "float32", {**SMALL, **heads, **dims}, {"scale": 0.25}, kv=kv)
 
 
 def rows(op, tokens, n, dtype="float32", draw="normal", **parameters):
@@ -81,6 +81,15 @@ MUTANTS = (
            "share = tl.where(known > -float('inf'), 1.0, 0.0)", attention(LONG)),
     Mutant("every head reads KV head 0", "attention", "* kv_heads + kv_head\n", "* kv_heads\n",
            attention(PROMPT, kv_heads=2)),
+    Mutant("values have their keys' scales", "attention", "tl.load(value_scales + place",
+           "tl.load(key_scales + place", attention(ONE, "int8")),
+    Mutant("keys share a scale in pairs", "attention", "tl.load(key_scales + place",
+           "tl.load(key_scales + place // 2 * 2", attention(PROMPT, FP8)),
+    Mutant("scores are rounded to tf32", "attention", "scores = scores * scale",
+           "scores = (scores.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)"
+           " * scale", attention(PROMPT, "int8")),
+    Mutant("log2(e) to five digits", "attention", "1.4426950408889634", "1.4427",
+           attention(PROMPT, "int8")),
     Mutant("an image attends to what lies behind it", "attention",
            "scores = tl.where(there[None, :], scores, -float(\"inf\"))\n        p, top",
            "scores = scores\n        p, top", IMAGE),

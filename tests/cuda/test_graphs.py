@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from step3_hetero.backend import BatchMeta
-from step3_hetero.backends.cuda.graphs import GraphedStage, bucket_of
+from step3_hetero.backends.cuda.graphs import CudaGraphedStage
+from step3_hetero.backends.torch_common.graphs import bucket_of
 from step3_hetero.conformance.stages import StageCase
 from step3_hetero.errors import ConfigError, UnsupportedOp
 from step3_hetero.registry import get_backend
@@ -51,7 +52,7 @@ def meta(contexts, tables=None):
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 1), (2, 2), (3, 4), (17, 32), (64, 64)])
 def test_decoding_batch_is_padded_to_a_power_of_two(tokens, bucket):
-    assert bucket_of(meta([5] * tokens), LIMITS) == bucket
+    assert bucket_of(meta([5] * tokens), LIMITS, 64) == bucket
 
 
 def test_no_bucket_for_prompts_padding_nothing_and_too_much():
@@ -59,13 +60,13 @@ def test_no_bucket_for_prompts_padding_nothing_and_too_much():
     starts = np.array([0, 2], np.int32)
     prompt = BatchMeta(np.arange(2, dtype=np.int32), one.slots.repeat(2), starts,
                        np.array([2], np.int32), one.block_tables)  # fmt: skip
-    assert bucket_of(prompt, LIMITS) is None
+    assert bucket_of(prompt, LIMITS, 64) is None
     padded = BatchMeta(one.positions.repeat(2), one.slots.repeat(2), one.query_starts,
                        one.context_lens, one.block_tables)  # fmt: skip
-    assert bucket_of(padded, LIMITS) is None
-    assert bucket_of(meta([]), LIMITS) is None
-    assert bucket_of(meta([5] * 65), LIMITS) is None
-    assert bucket_of(meta([5], np.zeros((1, 9), np.int32)), LIMITS) is None
+    assert bucket_of(padded, LIMITS, 64) is None
+    assert bucket_of(meta([]), LIMITS, 64) is None
+    assert bucket_of(meta([5] * 65), LIMITS, 64) is None
+    assert bucket_of(meta([5], np.zeros((1, 9), np.int32)), LIMITS, 64) is None
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
@@ -75,7 +76,7 @@ def test_padded_steps_give_what_plain_ones_give(kind, device):
     case = StageCase(kind, "float32", "odd", 1, (1, 1, 1), (130, 7, 256))
     first = case.inputs()
     plain, padded = (case.place(device, first, "float32") for _ in range(2))
-    stage = GraphedStage(padded.stages[0].inner, LIMITS, device.place, batches, pretend(made))
+    stage = CudaGraphedStage(padded.stages[0].inner, LIMITS, device.place, batches, pretend(made))
     for rows, contexts in ((3, [130, 7, 256]), (2, [131, 8]), (3, [132, 9, 200]), (1, [12])):
         tables = first.meta.block_tables[:rows]
         step = meta(contexts, tables)
@@ -91,6 +92,17 @@ def test_padded_steps_give_what_plain_ones_give(kind, device):
     assert [graph.replays for graph in made] == [2, 1, 1]
 
 
+def test_batch_whose_bucket_is_beyond_the_limits_runs_as_it_comes(device):
+    batches = {}
+    inner = StageCase("ffn", "float32", "odd", 1, (1,), (5,))
+    inner = inner.place(device, inner.inputs(), "float32").stages[0].inner
+    stage = CudaGraphedStage(inner, Limits(3, 3, 8), device.place, batches, pretend([]))
+    stage.plan(meta([5, 6, 7]))
+    assert (stage.bucket, batches) == (None, {})
+    stage.plan(meta([5, 6]))
+    assert (stage.bucket, [*batches]) == (2, [2])
+
+
 def test_graphs_need_a_card():
     with pytest.raises(ConfigError, match="option graphs: needs a card"):
         get_backend("cuda").open(0, {"interpret": True, "graphs": True})
@@ -101,6 +113,6 @@ def test_replayed_step_is_looked_at_too():
     device = get_backend("cuda").open(0, {"interpret": True, "check_indices": True})
     case = StageCase("attention", "float32", "odd", 1, (1,), (130,))
     inner = case.place(device, case.inputs(), "float32").stages[0].inner
-    stage = GraphedStage(inner, LIMITS, device.place, {}, pretend([]))
+    stage = CudaGraphedStage(inner, LIMITS, device.place, {}, pretend([]))
     with pytest.raises(UnsupportedOp, match="block 9999 is not in this cache"):
         stage.plan(meta([5], np.array([[0, 9999]], np.int32)))
