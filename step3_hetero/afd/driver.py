@@ -22,9 +22,10 @@ from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import IsOver
 from step3_hetero.backend import Array, KVCache
 from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
-from step3_hetero.runtime.clocks import WAIT
+from step3_hetero.runtime.clocks import WAIT, StageClock
 from step3_hetero.runtime.microbatch import BatchResult
-from step3_hetero.runtime.program import Call, Pass, Program
+from step3_hetero.runtime.paces import ROUND_TRIP
+from step3_hetero.runtime.program import KINDS, Call, Pass, Program
 from step3_hetero.runtime.timeline import SEND, TAKE, spans_of
 
 TICK_S = 0.05
@@ -69,6 +70,7 @@ class Driver:
         self._underway: dict[int, Underway] = {}
         self._answers: deque[tuple[int, list[Message]]] = deque()
         self._numbers = itertools.count(1)
+        self._members = StageClock()
 
     def serve(self, front: Link, is_over: IsOver) -> None:
         """Serve until the front says stop or is gone, or ``is_over`` says so."""
@@ -147,7 +149,9 @@ class Driver:
         node, size = waiting.call.node, total_bytes(answer.arrays)
         clock.add(self._role, f"{TAKE} from {role}", end - start_s)
         if last:
-            clock.add(role, f"{node.kind} round trip", end - waiting.since_s)
+            clock.add(role, f"{node.kind} {ROUND_TRIP}", end - waiting.since_s)
+        self._members.add(link.name, f"{node.kind} {ROUND_TRIP}", end - waiting.since_s)
+        self._members.add(link.name, node.kind, number_of(answer.said, "seconds"))
         told = {node.kind: "seconds", TAKE: "taken_s", SEND: "sent_s", WAIT: "waited_s"}
         for kind, key in told.items():
             clock.add(role, kind, number_of(answer.said, key), size * (kind == SEND))
@@ -205,6 +209,8 @@ class Driver:
     def _finish(self, front: Link, ticket: int, result: BatchResult) -> None:
         said, arrays = result_parcel(result)
         said["times"] = self._program.clock.to_wire()
+        own = self._program.clock.only(self._role, KINDS, f"{self._role}:{self._number}")
+        said["members"] = [*self._members.to_wire(), *own.to_wire()]
         if self._program.timeline is not None:
             said["spans"] = self._program.timeline.drain()
         front.post(Kind.RESULT, ticket, said, arrays)

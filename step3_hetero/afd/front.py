@@ -12,12 +12,14 @@ from step3_hetero.afd.doorman import FRONT
 from step3_hetero.afd.greeting import say_hello, take_agreed
 from step3_hetero.afd.launcher import START_S, Handle, Launcher, Member
 from step3_hetero.afd.link import Heart, Link, Message, ready
+from step3_hetero.afd.loglines import OnLine
 from step3_hetero.afd.messages import Kind, batch_parcel, result_of
 from step3_hetero.afd.seats import GONE, Seat, Seats, State
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.runtime.clocks import StageClock, sum_of
 from step3_hetero.runtime.executor import Executor
 from step3_hetero.runtime.microbatch import Landed, MicroBatch, Ticket
+from step3_hetero.runtime.paces import Paces
 from step3_hetero.runtime.timeline import Timeline, spans_of
 from step3_hetero.specs import Limits
 from step3_hetero.transport.base import CorruptFrame
@@ -57,14 +59,20 @@ class ProcessExecutor(Executor):
         deadline_s: float,
         on_ready: OnReady | None = None,
         timeline: Timeline | None = None,
+        on_line: OnLine | None = None,
     ) -> None:
-        """``members`` are instances and spares; ``instances`` counts the former, by role."""
+        """``members`` are instances and spares; ``instances`` counts the former, by role.
+
+        ``on_line`` is told of a member that is slow, once for each kind of its work.
+        """
         self.timeline = timeline
         self.limits = limits
         self.kv_blocks = kv_blocks
         self.clock = StageClock()
         self.microbatches = microbatches
         self.clocks: dict[str, StageClock] = {}
+        self.paces = self._paces = Paces()
+        self._on_line = on_line
         self._launcher = launcher
         self._connect = connect
         self._contract = contract
@@ -257,6 +265,10 @@ class ProcessExecutor(Executor):
             return
         self.clocks[seat.member.name] = StageClock.of_wire(message.said.get("times", ()))
         self.clock = sum_of(self.clocks)
+        members = StageClock.of_wire(message.said.get("members", ()))
+        for member, line in self._paces.take(seat.member.name, members):
+            if self._on_line is not None:
+                self._on_line(member, line)
         if self.timeline is not None:
             self.timeline.extend(spans_of(message.said.get("spans", ()), -link.ahead_s))
         result = result_of(message.said, message.arrays)

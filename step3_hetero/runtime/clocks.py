@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,16 @@ class Durations:
         for step, count in other.filed.items():
             self.filed[step] = self.filed.get(step, 0) + count
 
+    def since(self, before: Durations) -> Durations:
+        """Return the calls counted after a copy ``before`` of this one was taken."""
+        filed = {step: n - before.filed.get(step, 0) for step, n in list(self.filed.items())}
+        return Durations(
+            self.seconds - before.seconds,
+            self.calls - before.calls,
+            self.sent_bytes - before.sent_bytes,
+            {step: n for step, n in filed.items() if n > 0},
+        )
+
     def quantile_s(self, part: float) -> float:
         """Return the seconds that ``part`` of the calls did not exceed, within 4.5 %; 0 of none.
 
@@ -69,6 +79,14 @@ class StageClock:
     def add(self, role: str, kind: str, seconds: float, sent_bytes: int = 0) -> None:
         """Count one call."""
         self.entries.setdefault((role, kind), Durations()).add(seconds, sent_bytes)
+
+    def only(self, role: str, kinds: Collection[str], name: str) -> StageClock:
+        """Return the entries of a role and of these kinds of work under another name."""
+        found = StageClock()
+        for (owner, kind), durations in list(self.entries.items()):
+            if owner == role and kind in kinds:
+                found.entries[name, kind] = durations
+        return found
 
     def join(self, other: StageClock) -> None:
         """Add what another clock has counted."""

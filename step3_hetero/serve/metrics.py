@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from step3_hetero.errors import RequestError
 from step3_hetero.runtime.clocks import PER_OCTAVE, Durations
+from step3_hetero.runtime.paces import Paces, role_of
 
 if TYPE_CHECKING:
     from step3_hetero.runtime.engine import Engine
@@ -50,6 +51,31 @@ class EngineCollector:
                 sent.add_metric(key, durations.sent_bytes)
         yield seconds
         yield sent
+        if executor.paces is not None:
+            yield from pace_families(executor.paces)
+
+
+def pace_families(paces: Paces) -> Iterator[Any]:
+    """Yield how long each member's calls take, and how many times what its peers' do."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    labels = ("role", "member", "stage")
+    seconds = GaugeMetricFamily(
+        f"{PREFIX}_member_seconds", "Seconds of a member's calls.", labels=(*labels, "stat")
+    )
+    ratio = GaugeMetricFamily(
+        f"{PREFIX}_member_slowness_ratio",
+        "Median of a member's calls to that of its peers, or of its first minutes if it is alone.",
+        labels=labels,
+    )
+    for pace in paces.rows():
+        key = (role_of(pace.member), pace.member, pace.stage)
+        for stat, value in (("mean", pace.mean_s), ("p50", pace.p50_s), ("p95", pace.p95_s)):
+            seconds.add_metric((*key, stat), value)
+        if pace.ratio is not None:
+            ratio.add_metric(key, pace.ratio)
+    yield seconds
+    yield ratio
 
 
 def buckets(durations: Durations) -> list[tuple[str, float]]:
