@@ -8,13 +8,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from step3_hetero.afd.asked import check_answer
 from step3_hetero.afd.link import Link, Message, ready
 from step3_hetero.afd.messages import (
     Kind,
     batch_of,
     number_of,
+    pairs_of,
+    peers_of,
     result_parcel,
+    said_by,
     total_bytes,
+    whole_of,
 )
 from step3_hetero.afd.partials import added
 from step3_hetero.afd.remote import Remote
@@ -102,23 +107,31 @@ class Driver:
             message = front.receive(1.0)
         except (RoleLost, TransportTimeout):
             return False
+        if message.kind == Kind.STOP:
+            return False
+        with said_by("the front"):
+            self._obey(front, message)
+        return True
+
+    def _obey(self, front: Link, message: Message) -> None:
+        """Do what the front says.
+
+        Raises:
+            EdgeMismatch: it says nothing sensible.
+        """
         match message.kind:
-            case Kind.STOP:
-                return False
             case Kind.BATCH:
                 batch = batch_of(message.said, message.arrays)
                 self._work_on(message.seq)
                 self._advance(front, message.seq, self._program.run(batch), None)
             case Kind.FORGET:
-                self._program.forget_image(int(message.said["key"]))
+                self._program.forget_image(whole_of(message.said, "key"))
             case Kind.COPY:
-                pairs = [(int(a), int(b)) for a, b in message.said["pairs"]]
                 for cache in self._caches:
-                    cache.copy_blocks(pairs)
+                    cache.copy_blocks(pairs_of(message.said, cache.spec.blocks))
             case Kind.PEERS:
-                for role, addresses in message.said["peers"].items():
-                    self._remotes[role].point({int(n): str(a) for n, a in addresses.items()})
-        return True
+                for role, addresses in peers_of(message.said, self._remotes).items():
+                    self._remotes[role].point(addresses)
 
     def _from_remote(self, front: Link, link: Link) -> None:
         remote = next((r for r in self._remotes.values() if link in r.links), None)
@@ -126,14 +139,22 @@ class Driver:
             return
         start = time.monotonic()
         try:
-            answer = remote.read(link)
+            if (answer := remote.read(link)) is not None:
+                self._take_answer(remote, link, answer, start)
         except Step3HeteroError as error:
             front.post(Kind.FAILED, said={"why": f"{link.name}: {error}"})
-            return
-        if answer is None:
-            return
+
+    def _take_answer(self, remote: Remote, link: Link, answer: Message, start_s: float) -> None:
+        """Keep an answer, and what it says of itself.
+
+        Raises:
+            EdgeMismatch: it is no answer to what was asked.
+        """
+        call = self._underway[answer.seq].call
+        tokens = len(call.inputs["u"]) if call.node.kind == "ffn" else None
+        check_answer(call.node, tokens, answer.arrays, self._f2a)
         parts = remote.whole(answer.seq)
-        self._note_answer(remote.role, link, answer, start, last=parts is not None)
+        self._note_answer(remote.role, link, answer, start_s, last=parts is not None)
         if parts is not None:
             self._answers.append((answer.seq, parts))
 

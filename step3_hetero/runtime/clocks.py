@@ -14,6 +14,12 @@ PER_OCTAVE = 8
 
 LEAST_S = 1e-9
 
+MOST = 1 << 63
+"""What a clock that somebody else tells may count: seconds, calls, bytes."""
+
+MOST_STEP = 63 * PER_OCTAVE
+"""Nor can it file a duration beyond."""
+
 WAIT = "wait"
 """Kind of the seconds in which an instance had nothing to compute."""
 
@@ -127,10 +133,25 @@ class StageClock:
             for role, kind, seconds, calls, sent, filed in said:
                 durations = Durations(float(seconds), int(calls), int(sent))
                 durations.filed = {int(step): int(count) for step, count in filed}
+                _check(durations)
                 clock.entries[str(role), str(kind)] = durations
-        except (ValueError, TypeError) as cause:
+        except (ValueError, TypeError, OverflowError) as cause:
             raise EdgeMismatch(f"a clock is not told by role and kind: {cause}") from cause
         return clock
+
+
+def _check(told: Durations) -> None:
+    """Refuse what no calls take.
+
+    Raises:
+        ValueError: with the number.
+    """
+    for number in (told.seconds, told.calls, told.sent_bytes, *told.filed.values()):
+        if not 0 <= number < MOST:
+            raise ValueError(f"{number!r} refused; allowed: from 0 to 64 bits")
+    for step in told.filed:
+        if not -MOST_STEP <= step <= MOST_STEP:
+            raise ValueError(f"step {step} refused; allowed: to {MOST_STEP} either way")
 
 
 def sum_of(clocks: Mapping[str, StageClock]) -> StageClock:

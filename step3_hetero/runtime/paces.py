@@ -149,10 +149,10 @@ def _peers(key: Key, among: Iterable[Key]) -> Iterator[Key]:
             yield other
 
 
-def _order(key: Key) -> tuple[str, str, int]:
+def _order(key: Key) -> tuple[str, str, int, str]:
     """Put members that are compared one below the other, by number."""
     role, _, number = key[0].rpartition(":")
-    return role, key[1], int(number) if number.isdigit() else 0
+    return role, key[1], len(number), number
 
 
 def table_of(rows: Sequence[Pace]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
