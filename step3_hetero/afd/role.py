@@ -78,7 +78,7 @@ def serve(
         with drain.idle():
             front, traced = doorman.front(drain, FRONT_S)
             heart = Heart(settings.deadline_s)
-            heart.watch(front)
+            heart.watch(front, patient=True)  # Ctrl-Z stops it and not its roles
             front.wants(Kind.LOAD, FRONT_S)
             tell(state="loading")
             loaded = load()
