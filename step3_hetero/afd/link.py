@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from select import select
 from typing import Any
 
 from step3_hetero.afd.messages import Kind, Said
@@ -236,18 +236,32 @@ class Heart:
 
 
 def ready(links: Iterable[Any], deadline_s: float) -> list[Any]:
-    """Return those of ``links`` (anything with a ``fileno``) that have something to read.
+    """Return those of ``links`` (descriptors, or what has one) that have something to read.
 
-    One that is closed has: reading it tells so.
+    One that is closed has: reading it tells so. They come in the order in which they were given.
+    A descriptor may have any number: ``select`` itself ends at 1023.
     """
     waiting = list(links)
     if not waiting:
         time.sleep(deadline_s)
         return []
-    try:
-        return select(waiting, [], [], deadline_s)[0]
-    except (ValueError, OSError):  # a sign of life found the peer gone, and closed the channel
-        return [link for link in waiting if link.fileno() < 0]
+    numbers = [_descriptor(link) for link in waiting]
+    if min(numbers) < 0:  # a sign of life found the peer gone, and closed the channel
+        return [link for link, number in zip(waiting, numbers, strict=True) if number < 0]
+    poll = select.poll()
+    for number in numbers:
+        poll.register(number, select.POLLIN)
+    found = dict(poll.poll(max(0.0, deadline_s) * 1e3))
+    closed = {number for number, event in found.items() if event & select.POLLNVAL}
+    return [
+        link
+        for link, number in zip(waiting, numbers, strict=True)
+        if number in found and (number not in closed or _descriptor(link) < 0)
+    ]
+
+
+def _descriptor(link: Any) -> int:
+    return link if isinstance(link, int) else int(link.fileno())
 
 
 def limits(part_bytes: int) -> FrameLimits:
