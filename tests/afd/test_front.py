@@ -115,3 +115,35 @@ def test_reports_are_facts_and_nothing_else():
     assert reports.read() == [{"state": "ready"}]
     os.close(writing)
     assert reports.read() == [] and not reports.is_open
+
+
+class Reusing(Stage):
+    """Its second role tells its end by the number by which the first one's reports came."""
+
+    def launch(self, member):
+        if not self.played:
+            self.number = super().launch(member).reports.fileno()
+            return self.played[0]
+        held = os.open(os.devnull, os.O_RDONLY)
+        if held != self.number:  # nothing else of the new role gets it meanwhile
+            os.dup2(held, self.number)
+            os.close(held)
+        role = super().launch(member)
+        os.dup2(role._bell, self.number)
+        os.close(role._bell)
+        role._bell = self.number
+        return role
+
+
+def test_a_descriptor_s_number_that_is_another_s_in_the_same_round_ends_nobody_else(front):
+    stage = Reusing()
+    executor = front(stage)
+    first = stage.played[0]
+    first.tells(said="something to read")
+    first.ended("signal SIGKILL")  # both are found in one round, the end first
+    executor._attend(1)
+    assert len(stage.played) == 2 and stage.played[1].fileno() == stage.number
+    seat = executor._seats.leading(0)
+    assert seat.deaths == 1 and seat.handle is stage.played[1]
+    _until(lambda: seat.is_ready, executor)
+    assert len(stage.played) == 2
