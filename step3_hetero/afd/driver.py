@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from step3_hetero.afd.asked import check_answer
 from step3_hetero.afd.link import Link, Message, ready
@@ -35,6 +36,10 @@ from step3_hetero.runtime.timeline import SEND, TAKE, spans_of
 
 TICK_S = 0.05
 """How often silence is looked for while nothing comes."""
+
+MEMBERS_S = 0.5
+"""How often the front is told of each member's calls, and whenever nothing is under way: they are
+as many entries as a set has members, and a result comes every few milliseconds."""
 
 
 @dataclass(eq=False)
@@ -76,6 +81,7 @@ class Driver:
         self._answers: deque[tuple[int, list[Message]]] = deque()
         self._numbers = itertools.count(1)
         self._members = StageClock()
+        self._told_s = 0.0
 
     def serve(self, front: Link, is_over: IsOver) -> None:
         """Serve until the front says stop or is gone, or ``is_over`` says so."""
@@ -230,8 +236,14 @@ class Driver:
     def _finish(self, front: Link, ticket: int, result: BatchResult) -> None:
         said, arrays = result_parcel(result)
         said["times"] = self._program.clock.to_wire()
-        own = self._program.clock.only(self._role, KINDS, f"{self._role}:{self._number}")
-        said["members"] = [*self._members.to_wire(), *own.to_wire()]
+        if not self._underway or time.monotonic() - self._told_s > MEMBERS_S:
+            said["members"] = self._paces()
         if self._program.timeline is not None:
             said["spans"] = self._program.timeline.drain()
         front.post(Kind.RESULT, ticket, said, arrays)
+
+    def _paces(self) -> list[list[Any]]:
+        """Return the clock of every member that is called, and of this instance, for a message."""
+        self._told_s = time.monotonic()
+        own = self._program.clock.only(self._role, KINDS, f"{self._role}:{self._number}")
+        return [*self._members.to_wire(), *own.to_wire()]

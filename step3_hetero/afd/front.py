@@ -277,13 +277,14 @@ class ProcessExecutor(Executor):
         result = result_of(
             message.said, message.arrays, len(batch.rows), with_logits=batch.want_logits
         )
-        times, members = (
-            StageClock.of_wire(message.said.get(key, ())) for key in ("times", "members")
-        )
+        times = StageClock.of_wire(message.said.get("times", ()))
+        told = message.said.get("members")  # not with every result
+        members = None if told is None else StageClock.of_wire(told)
         spans = spans_of(message.said.get("spans", ()), -link.ahead_s)
         self.clocks[seat.member.name] = times
         self.clock = sum_of(self.clocks)
-        for member, line in self._paces.take(seat.member.name, members):
+        slow = [] if members is None else self._paces.take(seat.member.name, members)
+        for member, line in slow:
             if self._on_line is not None:
                 self._on_line(member, line)
         if self.timeline is not None:

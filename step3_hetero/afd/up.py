@@ -77,7 +77,7 @@ class Supervisor:
         on_event: OnEvent,
     ) -> None:
         self.roles = [Kept(m) for m in members]
-        self.paces = Paces()
+        self.paces = Paces(look_s=0.0)  # told of when a front leaves, seldom
         self._launcher = launcher
         self._where = where
         self._deadline_s = deadline_s

@@ -19,6 +19,9 @@ WINDOW_CALLS = 100
 BEGINNING_S = 120.0
 """Calls of a member's first minutes are what it is later held against when it has no peer."""
 
+LOOK_S = 1.0
+"""How often clocks are added up to see who is slow: tellers may be many, and tell often."""
+
 ROUND_TRIP = "round trip"
 """Ends the kind of what a caller waited for, the way there and back and the queue included."""
 
@@ -72,13 +75,14 @@ class Window:
 class Paces:
     """Takes in clocks by (member, kind), whole each time, and says who is slow.
 
-    ``beginning_s`` and ``window_calls`` as `BEGINNING_S` and `WINDOW_CALLS`.
+    ``beginning_s``, ``window_calls`` and ``look_s`` as `BEGINNING_S`, `WINDOW_CALLS`, `LOOK_S`.
     """
 
     beginning_s: float = BEGINNING_S
     window_calls: int = WINDOW_CALLS
+    look_s: float = LOOK_S
+    _looked_s: float | None = None
     _clocks: dict[str, StageClock] = field(default_factory=dict)
-    _entries: Mapping[Key, Durations] = field(default_factory=dict)
     _windows: dict[Key, Window] = field(default_factory=dict)
     _told: set[Key] = field(default_factory=set)
 
@@ -88,15 +92,18 @@ class Paces:
         A member is told of once for each kind of work.
         """
         self._clocks[teller] = clock
+        now = time.monotonic()
+        if self._looked_s is not None and now - self._looked_s < self.look_s:
+            return []
+        self._looked_s = now
         entries = sum_of(self._clocks).entries
         closed = [key for key, durations in entries.items() if self._closes(key, durations)]
-        self._entries = entries  # last: another thread may be reading rows
         touched = {k: None for key in closed for k in (key, *_peers(key, self._windows))}
         return [(key[0], line) for key in touched if (line := self._complaint(key)) is not None]
 
     def rows(self) -> list[Pace]:
         """Return the pace of every member and kind, role by role. From any thread."""
-        entries = self._entries
+        entries = sum_of(dict(self._clocks)).entries
         return [self._pace(key, entries) for key in sorted(entries, key=_order)]
 
     def _closes(self, key: Key, durations: Durations) -> bool:
@@ -132,7 +139,7 @@ class Paces:
         ratio, against = None, None
         if peers:
             ratio, against = p50_s / max(median(peers), 1e-9), "peers"
-        elif (beginning := self._windows[key].beginning) is not None:
+        elif (window := self._windows.get(key)) and (beginning := window.beginning) is not None:
             later = durations.since(beginning)
             if later.calls:
                 usual = max(beginning.quantile_s(0.5), 1e-9)

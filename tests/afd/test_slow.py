@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
 ]
 
-TOKENS = WINDOW_CALLS
-"""Two layers of FFN are called for each token: two whole windows."""
+TOKENS = 4 * WINDOW_CALLS
+"""Two layers of FFN are called for each token: windows enough for several looks at who is slow."""
 
 SET = {"transport__kind": "tcp", "roles__f__instances": 2, "roles__f__ep": 2}
 

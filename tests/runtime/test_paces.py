@@ -1,5 +1,7 @@
 """Who is slow: beside peers at once, alone beside its own beginning; told once."""
 
+import time
+
 import pytest
 
 from step3_hetero.runtime.clocks import StageClock
@@ -23,7 +25,7 @@ def counting(paces):
 
 @pytest.fixture
 def paces():
-    return Paces(window_calls=CALLS)
+    return Paces(window_calls=CALLS, look_s=0.0)
 
 
 def ratios(paces):
@@ -75,7 +77,7 @@ def test_another_kind_of_work_is_compared_with_its_own(paces):
 
 
 def test_alone_it_is_held_against_its_own_beginning():
-    paces = Paces(beginning_s=0.0, window_calls=CALLS)
+    paces = Paces(beginning_s=0.0, window_calls=CALLS, look_s=0.0)
     count = counting(paces)
     count(("f:0", 0.01))
     assert ratios(paces) == {"f:0": (None, None)}
@@ -127,3 +129,13 @@ def test_slow_member_whose_peer_tells_later_is_told_of_then(paces):
             clock.add(member, "ffn", seconds)
         told.append([name for name, _ in paces.take(member, clock)])
     assert told == [[], ["f:1"]]
+
+
+def test_clocks_are_added_up_once_a_while_and_rows_are_of_now():
+    paces = Paces(window_calls=CALLS, look_s=0.2)
+    count = counting(paces)
+    assert count(("f:0", 0.01), ("f:1", 0.01)) == []
+    assert count(("f:1", 0.05)) == []
+    assert {r.member: r.calls for r in paces.rows()} == {"f:0": CALLS, "f:1": 2 * CALLS}
+    time.sleep(0.25)
+    assert [member for member, _ in count(("f:0", 0.01))] == ["f:1"]
