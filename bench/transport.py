@@ -4,6 +4,7 @@
 to a core of their own where there are two. All sides are open at once and take turns, so that
 whatever else the machine does falls on all alike: judge by the ratios of one run.
 
+pyzmq is a peer to compare with and no more: without it (extra ``bench``) its rows are left out.
 ``memcpy`` copies the same bytes once within one process; ``bare`` sides send them over a socket
 without header, checksum or deadline.
 """
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -229,6 +231,26 @@ def measure(
     return rows
 
 
+def sides(folder: str) -> dict[str, Callable[[], AbstractContextManager[Trip]]]:
+    """Return every side by its name, those of pyzmq if that is installed; say so if it is not."""
+    found: dict[str, Callable[[], AbstractContextManager[Trip]]] = {
+        "memcpy": memcpy,
+        "shm": partial(ours, "shm"),
+        "tcp": partial(ours, "tcp"),
+        "bare tcp": partial(bare, _tcp_pair),
+        "bare socketpair": partial(bare, socket.socketpair),
+        "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),
+        "pyzmq ipc": partial(pyzmq, f"ipc://{folder}/bench"),
+        "multiprocessing pipe": pipe,
+    }
+    if find_spec("zmq") is None:
+        click.echo(
+            "no pyzmq here, its rows are left out: pip install 'step3-hetero[bench]'", err=True
+        )
+        found = {name: side for name, side in found.items() if not name.startswith("pyzmq")}
+    return found
+
+
 @click.command()
 @click.option("--trips", default=500, show_default=True, help="Round trips of each side.")
 @click.option("--json", "as_json", is_flag=True)
@@ -237,19 +259,7 @@ def main(trips: int, as_json: bool) -> None:
     machine = describe()
     _stay(HERE)
     with TemporaryDirectory() as folder:
-        rows = measure(
-            {
-                "memcpy": memcpy,
-                "shm": partial(ours, "shm"),
-                "tcp": partial(ours, "tcp"),
-                "bare tcp": partial(bare, _tcp_pair),
-                "bare socketpair": partial(bare, socket.socketpair),
-                "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),
-                "pyzmq ipc": partial(pyzmq, f"ipc://{folder}/bench"),
-                "multiprocessing pipe": pipe,
-            },
-            trips,
-        )
+        rows = measure(sides(folder), trips)
     if as_json:
         click.echo(json.dumps({"machine": machine, "rows": rows}, indent=1))
         return

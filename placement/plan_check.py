@@ -214,10 +214,12 @@ def _crossing(
             dtype = getattr(config.transport, key)
             dtype = KEPT_PRECISION if dtype == "auto" else dtype
             _check_wire(config, key, dtype, roles[source].card, roles[target].card)
+            members = roles[f].role.ep * roles[f].role.tp  # a set: each gets, and gives, all rows
             row = a2f_bytes(work, dtype) if kind == "a2f" else work.hidden * ELEMENT_BYTES[dtype]
             yield {
                 "kind": kind, "source": source, "target": target, "edges": edges,
-                "dtype": dtype, "bytes_per_token": round(row * edges),
+                "dtype": dtype, "bytes_per_token": round(row * edges), "members": members,
+                "sent_bytes_per_token": round(row * edges) * members,
             }  # fmt: skip
 
 

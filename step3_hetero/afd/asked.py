@@ -1,4 +1,4 @@
-"""What a caller may ask a worker's stage to run on: the tensors that the stage takes, as they are.
+"""What a worker's stage may be asked to run on, and may answer: its own tensors, as they are.
 
 A caller of another build, or one that is broken, costs itself the call and nobody else anything.
 """
@@ -57,6 +57,37 @@ def rows_asked(
     if rows > most_rows or set(lengths.values()) != {rows}:
         raise EdgeMismatch(f"{node.name}: rows {lengths} refused; allowed: alike, to {most_rows}")
     return rows
+
+
+def check_answer(
+    node: GraphStage, tokens: int | None, arrays: Mapping[str, HostArray], wire: Wire
+) -> None:
+    """Hold what a worker answered against what its stage gives.
+
+    Shapes: y (tokens, hidden), or rows (image_rows, hidden) with ``tokens`` None; a scale beside
+    codes as in ``rows_asked``.
+
+    Raises:
+        EdgeMismatch: a tensor is missing, or another one.
+    """
+    assert isinstance(node.spec, FfnSpec | VisionSpec), f"a worker has no {node.kind} stage"
+    for spec in node.gives:
+        if (x := arrays.get(spec.name)) is None:
+            raise EdgeMismatch(
+                f"{node.name}: {', '.join(arrays) or 'no tensor'} answered; it gives {spec.name}"
+            )
+        dtypes = [spec.dtype]
+        if wire.casts(spec.name) and wire.dtype != spec.dtype:
+            dtypes.append(wire.dtype)
+        _check(node.name, spec.name, x, dtypes, node.spec.hidden)
+        if x.dtype.name in SCALED:
+            name, runs = f"{spec.name}.scale", -(-node.spec.hidden // FP8_BLOCK)
+            if name not in arrays:
+                raise EdgeMismatch(f"{node.name}: {spec.name} of codes answered without {name}")
+            _check(node.name, name, arrays[name], ["float32"], runs)
+        lengths = {name: len(arrays[name]) for name in arrays if name.startswith(spec.name)}
+        if set(lengths.values()) != {len(x) if tokens is None else tokens}:
+            raise EdgeMismatch(f"{node.name}: rows {lengths} answered; asked for {tokens}")
 
 
 def _check(stage: str, name: str, x: HostArray, dtypes: Sequence[str], width: int) -> None:

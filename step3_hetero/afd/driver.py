@@ -7,14 +7,20 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from step3_hetero.afd.asked import check_answer
 from step3_hetero.afd.link import Link, Message, ready
 from step3_hetero.afd.messages import (
     Kind,
     batch_of,
     number_of,
+    pairs_of,
+    peers_of,
     result_parcel,
+    said_by,
     total_bytes,
+    whole_of,
 )
 from step3_hetero.afd.partials import added
 from step3_hetero.afd.remote import Remote
@@ -22,13 +28,18 @@ from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import IsOver
 from step3_hetero.backend import Array, KVCache
 from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
-from step3_hetero.runtime.clocks import WAIT
+from step3_hetero.runtime.clocks import WAIT, StageClock
 from step3_hetero.runtime.microbatch import BatchResult
-from step3_hetero.runtime.program import Call, Pass, Program
+from step3_hetero.runtime.paces import ROUND_TRIP
+from step3_hetero.runtime.program import KINDS, Call, Pass, Program
 from step3_hetero.runtime.timeline import SEND, TAKE, spans_of
 
 TICK_S = 0.05
 """How often silence is looked for while nothing comes."""
+
+MEMBERS_S = 0.5
+"""How often the front is told of each member's calls, and whenever nothing is under way: they are
+as many entries as a set has members, and a result comes every few milliseconds."""
 
 
 @dataclass(eq=False)
@@ -69,6 +80,8 @@ class Driver:
         self._underway: dict[int, Underway] = {}
         self._answers: deque[tuple[int, list[Message]]] = deque()
         self._numbers = itertools.count(1)
+        self._members = StageClock()
+        self._told_s = 0.0
 
     def serve(self, front: Link, is_over: IsOver) -> None:
         """Serve until the front says stop or is gone, or ``is_over`` says so."""
@@ -100,23 +113,31 @@ class Driver:
             message = front.receive(1.0)
         except (RoleLost, TransportTimeout):
             return False
+        if message.kind == Kind.STOP:
+            return False
+        with said_by("the front"):
+            self._obey(front, message)
+        return True
+
+    def _obey(self, front: Link, message: Message) -> None:
+        """Do what the front says.
+
+        Raises:
+            EdgeMismatch: it says nothing sensible.
+        """
         match message.kind:
-            case Kind.STOP:
-                return False
             case Kind.BATCH:
                 batch = batch_of(message.said, message.arrays)
                 self._work_on(message.seq)
                 self._advance(front, message.seq, self._program.run(batch), None)
             case Kind.FORGET:
-                self._program.forget_image(int(message.said["key"]))
+                self._program.forget_image(whole_of(message.said, "key"))
             case Kind.COPY:
-                pairs = [(int(a), int(b)) for a, b in message.said["pairs"]]
                 for cache in self._caches:
-                    cache.copy_blocks(pairs)
+                    cache.copy_blocks(pairs_of(message.said, cache.spec.blocks))
             case Kind.PEERS:
-                for role, addresses in message.said["peers"].items():
-                    self._remotes[role].point({int(n): str(a) for n, a in addresses.items()})
-        return True
+                for role, addresses in peers_of(message.said, self._remotes).items():
+                    self._remotes[role].point(addresses)
 
     def _from_remote(self, front: Link, link: Link) -> None:
         remote = next((r for r in self._remotes.values() if link in r.links), None)
@@ -124,14 +145,22 @@ class Driver:
             return
         start = time.monotonic()
         try:
-            answer = remote.read(link)
+            if (answer := remote.read(link)) is not None:
+                self._take_answer(remote, link, answer, start)
         except Step3HeteroError as error:
             front.post(Kind.FAILED, said={"why": f"{link.name}: {error}"})
-            return
-        if answer is None:
-            return
+
+    def _take_answer(self, remote: Remote, link: Link, answer: Message, start_s: float) -> None:
+        """Keep an answer, and what it says of itself.
+
+        Raises:
+            EdgeMismatch: it is no answer to what was asked.
+        """
+        call = self._underway[answer.seq].call
+        tokens = len(call.inputs["u"]) if call.node.kind == "ffn" else None
+        check_answer(call.node, tokens, answer.arrays, self._f2a)
         parts = remote.whole(answer.seq)
-        self._note_answer(remote.role, link, answer, start, last=parts is not None)
+        self._note_answer(remote.role, link, answer, start_s, last=parts is not None)
         if parts is not None:
             self._answers.append((answer.seq, parts))
 
@@ -147,7 +176,9 @@ class Driver:
         node, size = waiting.call.node, total_bytes(answer.arrays)
         clock.add(self._role, f"{TAKE} from {role}", end - start_s)
         if last:
-            clock.add(role, f"{node.kind} round trip", end - waiting.since_s)
+            clock.add(role, f"{node.kind} {ROUND_TRIP}", end - waiting.since_s)
+        self._members.add(link.name, f"{node.kind} {ROUND_TRIP}", end - waiting.since_s)
+        self._members.add(link.name, node.kind, number_of(answer.said, "seconds"))
         told = {node.kind: "seconds", TAKE: "taken_s", SEND: "sent_s", WAIT: "waited_s"}
         for kind, key in told.items():
             clock.add(role, kind, number_of(answer.said, key), size * (kind == SEND))
@@ -205,6 +236,14 @@ class Driver:
     def _finish(self, front: Link, ticket: int, result: BatchResult) -> None:
         said, arrays = result_parcel(result)
         said["times"] = self._program.clock.to_wire()
+        if not self._underway or time.monotonic() - self._told_s > MEMBERS_S:
+            said["members"] = self._paces()
         if self._program.timeline is not None:
             said["spans"] = self._program.timeline.drain()
         front.post(Kind.RESULT, ticket, said, arrays)
+
+    def _paces(self) -> list[list[Any]]:
+        """Return the clock of every member that is called, and of this instance, for a message."""
+        self._told_s = time.monotonic()
+        own = self._program.clock.only(self._role, KINDS, f"{self._role}:{self._number}")
+        return [*self._members.to_wire(), *own.to_wire()]

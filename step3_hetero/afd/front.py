@@ -12,12 +12,14 @@ from step3_hetero.afd.doorman import FRONT
 from step3_hetero.afd.greeting import say_hello, take_agreed
 from step3_hetero.afd.launcher import START_S, Handle, Launcher, Member
 from step3_hetero.afd.link import Heart, Link, Message, ready
-from step3_hetero.afd.messages import Kind, batch_parcel, result_of
+from step3_hetero.afd.loglines import OnLine
+from step3_hetero.afd.messages import Kind, batch_parcel, result_of, said_by, whole_of
 from step3_hetero.afd.seats import GONE, Seat, Seats, State
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.runtime.clocks import StageClock, sum_of
 from step3_hetero.runtime.executor import Executor
 from step3_hetero.runtime.microbatch import Landed, MicroBatch, Ticket
+from step3_hetero.runtime.paces import Paces
 from step3_hetero.runtime.timeline import Timeline, spans_of
 from step3_hetero.specs import Limits
 from step3_hetero.transport.base import CorruptFrame
@@ -57,14 +59,20 @@ class ProcessExecutor(Executor):
         deadline_s: float,
         on_ready: OnReady | None = None,
         timeline: Timeline | None = None,
+        on_line: OnLine | None = None,
     ) -> None:
-        """``members`` are instances and spares; ``instances`` counts the former, by role."""
+        """``members`` are instances and spares; ``instances`` counts the former, by role.
+
+        ``on_line`` is told of a member that is slow, once for each kind of its work.
+        """
         self.timeline = timeline
         self.limits = limits
         self.kv_blocks = kv_blocks
         self.clock = StageClock()
         self.microbatches = microbatches
         self.clocks: dict[str, StageClock] = {}
+        self.paces = self._paces = Paces()
+        self._on_line = on_line
         self._launcher = launcher
         self._connect = connect
         self._contract = contract
@@ -75,7 +83,7 @@ class ProcessExecutor(Executor):
         self.instances = sum(s.member.leads and s.place is not None for s in self._seats)
         self._waiting: list[Waiting] = [deque() for _ in range(self.instances)]
         self._epochs = [0] * self.instances
-        self._flying: dict[int, int] = {}
+        self._flying: dict[int, tuple[int, MicroBatch]] = {}
         self._landed: deque[Landed] = deque()
         self._submitted = 0
         try:
@@ -89,7 +97,7 @@ class ProcessExecutor(Executor):
     def submit(self, batch: MicroBatch, instance: int = 0) -> Ticket:
         """Send a micro-batch, or keep it until its instance is back."""
         self._submitted += 1
-        self._flying[self._submitted] = instance
+        self._flying[self._submitted] = instance, batch
         message = (Kind.BATCH, self._submitted, *batch_parcel(batch))
         seat = self._seats.leading(instance)
         if seat.is_ready:
@@ -212,7 +220,9 @@ class ProcessExecutor(Executor):
 
     def _lost(self, teller: Seat, message: Message) -> None:
         """Hear of an instance whose link to an attention instance is gone."""
-        lost = self._seats.at(str(message.said["role"]), int(message.said["instance"]))
+        with said_by(teller.member.name):
+            number = whole_of(message.said, "instance")
+        lost = self._seats.at(str(message.said.get("role")), number)
         if lost is not None and lost.handle is not None and lost.is_silent(self._deadline_s):
             lost.handle.kill()
         else:  # it lives, or will: whoever lost it may connect again
@@ -253,13 +263,32 @@ class ProcessExecutor(Executor):
         for other in self._seats:
             if not other.member.leads and other.is_ready:
                 other.deaths = 0
-        if self._flying.pop(message.seq, None) is None:
+        _, batch = self._flying.pop(message.seq, (0, None))
+        if batch is None:
             return
-        self.clocks[seat.member.name] = StageClock.of_wire(message.said.get("times", ()))
+        with said_by(seat.member.name):
+            self._take_result(seat, link, message, batch)
+
+    def _take_result(self, seat: Seat, link: Link, message: Message, batch: MicroBatch) -> None:
+        """Take in what an attention instance says; a word of it that is none is an `EdgeMismatch`.
+
+        Nothing is kept of a message that is refused.
+        """
+        result = result_of(
+            message.said, message.arrays, len(batch.rows), with_logits=batch.want_logits
+        )
+        times = StageClock.of_wire(message.said.get("times", ()))
+        told = message.said.get("members")  # not with every result
+        members = None if told is None else StageClock.of_wire(told)
+        spans = spans_of(message.said.get("spans", ()), -link.ahead_s)
+        self.clocks[seat.member.name] = times
         self.clock = sum_of(self.clocks)
+        slow = [] if members is None else self._paces.take(seat.member.name, members)
+        for member, line in slow:
+            if self._on_line is not None:
+                self._on_line(member, line)
         if self.timeline is not None:
-            self.timeline.extend(spans_of(message.said.get("spans", ()), -link.ahead_s))
-        result = result_of(message.said, message.arrays)
+            self.timeline.extend(spans)
         self._landed.append(Landed(Ticket(message.seq), result))
 
     def _died(self, seat: Seat, handle: Handle) -> None:
@@ -303,6 +332,6 @@ class ProcessExecutor(Executor):
         """Let all that an attention instance had under way be computed again."""
         self._waiting[instance].clear()
         self._epochs[instance] += 1
-        for number in [n for n, i in self._flying.items() if i == instance]:
+        for number in [n for n, (i, _) in self._flying.items() if i == instance]:
             del self._flying[number]
             self._landed.append(Landed(Ticket(number), None))

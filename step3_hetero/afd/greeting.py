@@ -6,7 +6,8 @@ import time
 
 from step3_hetero.afd.contract import Contract, agree
 from step3_hetero.afd.link import Link, Message
-from step3_hetero.afd.messages import Kind
+from step3_hetero.afd.messages import Kind, number_of, said_by
+from step3_hetero.errors import EdgeMismatch
 
 
 def say_hello(link: Link, contract: Contract, me: str, *, traced: bool = False) -> float:
@@ -26,5 +27,10 @@ def take_agreed(link: Link, answer: Message, contract: Contract, me: str, asked_
     Raises:
         EdgeMismatch: they differ, for all that the peer agreed.
     """
-    agree(contract, answer.said.get("contract", {}), me, link.name)
-    link.compare_clocks(asked_s, float(answer.said.get("now", asked_s)))
+    theirs = answer.said.get("contract")
+    if not isinstance(theirs, dict):
+        raise EdgeMismatch(f"{link.name} agrees to {theirs!r:.80}, which is no contract")
+    agree(contract, theirs, me, link.name)
+    with said_by(link.name):
+        theirs_s = number_of({"now": asked_s, **answer.said}, "now")
+    link.compare_clocks(asked_s, theirs_s)

@@ -44,7 +44,8 @@ class Reports:
     """The reading end of a pipe on which a role tells facts, a JSON object a line.
 
     ``address`` says where it listens, ``state`` how far it is (loading, ready, serving, leaving),
-    ``loaded`` how many of its stages are loaded.
+    ``loaded`` how many of its stages are loaded, ``pace`` how long a kind of work took while a
+    front was served, an entry of `StageClock.to_wire`.
     """
 
     def __init__(self, descriptor: int) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from select import select
 from typing import Any
 
 from step3_hetero.afd.messages import Kind, Said
 from step3_hetero.afd.outbox import Outbox
 from step3_hetero.afd.parcel import parcel, unpacked
+from step3_hetero.afd.vigil import Vigil
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import Channel, Frame, FrameLimits
@@ -26,7 +27,8 @@ LENT = (Kind.CALL, Kind.ANSWER)
 before. Until then they hold up the peer, and are right for as long as they live."""
 
 SEND_DEADLINE_S = 30.0
-"""A peer that computes reads nothing meanwhile, and sends signs of life from a thread."""
+"""A peer that computes reads nothing meanwhile, and sends signs of life from a thread; see `Vigil`
+for one that sends none."""
 
 UNREAD_S = 0.1
 """Silence shorter than this is not looked into."""
@@ -61,6 +63,7 @@ class Link:
         self.closed = False
         self.ahead_s = 0.0
         self._sending = threading.Lock()
+        self._vigil = Vigil(channel)
         self._outbox: Outbox | None = None
         self._unsent: Step3HeteroError | None = None
 
@@ -115,14 +118,20 @@ class Link:
         self._unsent = error
         self.close()
 
-    def beat(self) -> None:
+    def beat(self, *, patient: bool = False) -> None:
         """Send a sign of life, if that can be done at once.
+
+        If it cannot, for a frame is under way, and the peer has given none for a deadline, the link
+        is closed: whoever sends that frame is told, and goes on. Not if ``patient``.
 
         Raises:
             RoleLost: the peer is gone.
         """
         if not self._sending.acquire(blocking=False):
-            return  # a frame is under way, and the link full
+            if self._vigil.silent_looks(self.last_seen) > BEATS_PER_DEADLINE and not patient:
+                self.close()
+            return
+        self._vigil.ends()
         try:
             self.channel.send(BEAT, 0)
         except TransportTimeout:  # the peer takes nothing now: whoever sends to it will know
@@ -203,14 +212,14 @@ class Heart:
 
     def __init__(self, deadline_s: float) -> None:
         self._period_s = deadline_s / BEATS_PER_DEADLINE
-        self._links: list[Link] = []
+        self._links: dict[Link, bool] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
         self._thread.start()
 
-    def watch(self, link: Link) -> None:
-        """Begin to send on a link."""
-        self._links.append(link)
+    def watch(self, link: Link, *, patient: bool = False) -> None:
+        """Begin to send on a link; ``patient``: its peer may be stopped for a while."""
+        self._links[link] = patient
 
     def stop(self) -> None:
         """Send no more."""
@@ -219,26 +228,40 @@ class Heart:
 
     def _beat(self) -> None:
         while not self._stopped.wait(self._period_s):
-            for link in list(self._links):
+            for link, patient in list(self._links.items()):
                 try:
-                    link.beat()
+                    link.beat(patient=patient)
                 except Step3HeteroError:  # whoever reads the link is told
-                    self._links.remove(link)
+                    del self._links[link]
 
 
 def ready(links: Iterable[Any], deadline_s: float) -> list[Any]:
-    """Return those of ``links`` (anything with a ``fileno``) that have something to read.
+    """Return those of ``links`` (descriptors, or what has one) that have something to read.
 
-    One that is closed has: reading it tells so.
+    One that is closed has: reading it tells so. They come in the order in which they were given.
+    A descriptor may have any number: ``select`` itself ends at 1023.
     """
     waiting = list(links)
     if not waiting:
         time.sleep(deadline_s)
         return []
-    try:
-        return select(waiting, [], [], deadline_s)[0]
-    except (ValueError, OSError):  # a sign of life found the peer gone, and closed the channel
-        return [link for link in waiting if link.fileno() < 0]
+    numbers = [_descriptor(link) for link in waiting]
+    if min(numbers) < 0:  # a sign of life found the peer gone, and closed the channel
+        return [link for link, number in zip(waiting, numbers, strict=True) if number < 0]
+    poll = select.poll()
+    for number in numbers:
+        poll.register(number, select.POLLIN)
+    found = dict(poll.poll(max(0.0, deadline_s) * 1e3))
+    closed = {number for number, event in found.items() if event & select.POLLNVAL}
+    return [
+        link
+        for link, number in zip(waiting, numbers, strict=True)
+        if number in found and (number not in closed or _descriptor(link) < 0)
+    ]
+
+
+def _descriptor(link: Any) -> int:
+    return link if isinstance(link, int) else int(link.fileno())
 
 
 def limits(part_bytes: int) -> FrameLimits:

@@ -127,6 +127,7 @@ def executor(
         deadline_s,
         on_ready,
         timeline,
+        on_line or to_stderr,
     )
 
 

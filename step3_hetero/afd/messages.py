@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -41,6 +42,70 @@ def number_of(said: Mapping[str, Any], key: str) -> float:
     if type(value) not in (int, float) or not -MOST_NUMBER < value < MOST_NUMBER:
         raise EdgeMismatch(f"{key}: {value!r:.80} refused; allowed: a finite number of 64 bits")
     return float(value)
+
+
+def whole_of(said: Mapping[str, Any], key: str, most: int = MOST_NUMBER - 1) -> int:
+    """Return a whole number that a message has to say.
+
+    Raises:
+        EdgeMismatch: it says none from 0 to ``most``.
+    """
+    value = said.get(key)
+    if type(value) is not int or not 0 <= value <= most:
+        raise EdgeMismatch(f"{key}: {value!r:.80} refused; allowed: a whole number to {most}")
+    return value
+
+
+def pairs_of(said: Mapping[str, Any], blocks: int) -> list[tuple[int, int]]:
+    """Return the (source, target) of `Kind.COPY`, numbers of KV blocks under ``blocks``.
+
+    Raises:
+        EdgeMismatch: it says none.
+    """
+    pairs = said.get("pairs")
+    listed: list[Any] = pairs if isinstance(pairs, list) else [pairs]
+    for pair in listed:
+        numbers = pair if isinstance(pair, list) else [pair]
+        if len(numbers) != 2 or not all(type(n) is int and 0 <= n < blocks for n in numbers):
+            raise EdgeMismatch(f"pairs: {pair!r:.80} refused; allowed: two blocks of {blocks}")
+    return [(source, target) for source, target in listed]
+
+
+def peers_of(said: Mapping[str, Any], roles: Collection[str]) -> dict[str, dict[int, str]]:
+    """Return where the instances of other roles listen, as `Kind.PEERS` says, by number.
+
+    Raises:
+        EdgeMismatch: it is of another role, or no address.
+    """
+    found: dict[str, dict[int, str]] = {}
+    peers = said.get("peers")
+    if not isinstance(peers, dict):
+        raise EdgeMismatch(f"peers: {peers!r:.80} refused; allowed: addresses by role and number")
+    for role, addresses in peers.items():
+        if role not in roles or not isinstance(addresses, dict):
+            raise EdgeMismatch(
+                f"peers: {role!r:.80}: {addresses!r:.80} refused; roles: {', '.join(roles)}"
+            )
+        for number, address in addresses.items():
+            if not (number.isascii() and number.isdecimal() and len(number) < 10):
+                raise EdgeMismatch(f"peers: {role}:{number:.80} refused; allowed: a whole number")
+            if not isinstance(address, str):
+                raise EdgeMismatch(f"peers: {role}:{number}: {address!r:.80} is no address")
+            found.setdefault(role, {})[int(number)] = address
+    return found
+
+
+@contextmanager
+def said_by(name: str) -> Iterator[None]:
+    """Name the peer in the error of what it says in this context.
+
+    Raises:
+        EdgeMismatch: with the name in front.
+    """
+    try:
+        yield
+    except EdgeMismatch as mismatch:
+        raise EdgeMismatch(f"{name}: {mismatch}") from mismatch
 
 
 class Kind(IntEnum):
@@ -159,7 +224,7 @@ def batch_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> MicroB
             images,
             bool(said["want_logits"]),
         )
-    except (KeyError, ValueError, TypeError) as cause:
+    except (KeyError, ValueError, TypeError, OverflowError) as cause:
         raise EdgeMismatch(f"a micro-batch lacks {cause}") from cause
 
 
@@ -172,8 +237,16 @@ def result_parcel(result: BatchResult) -> tuple[Said, Arrays]:
     return said, arrays
 
 
-def result_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> BatchResult:
-    """Return the result that ``result_parcel`` described."""
+def result_of(
+    said: Mapping[str, Any], arrays: Mapping[str, HostArray], rows: int, *, with_logits: bool
+) -> BatchResult:
+    """Return the result that ``result_parcel`` described, of a micro-batch that wants ``rows``.
+
+    Shapes: ids (rows,) int32, logits (rows, vocab).
+
+    Raises:
+        EdgeMismatch: something is missing, or of another size.
+    """
     try:
         reported = [
             None
@@ -181,9 +254,18 @@ def result_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> Batch
             else RowLogprobs(float(entry[0]), tuple((int(i), float(v)) for i, v in entry[1]))
             for entry in said["logprobs"]
         ]
-        return BatchResult(arrays["ids"], reported, arrays.get("logits"))
-    except (KeyError, ValueError, TypeError, IndexError) as cause:
+        ids, logits = arrays["ids"], arrays["logits"] if with_logits else None
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as cause:
         raise EdgeMismatch(f"a result lacks {cause}") from cause
+    fits = ids.shape == (rows,) == (len(reported),) and ids.dtype == np.int32
+    if not fits or (rows and ids.min() < 0):
+        raise EdgeMismatch(
+            f"a result's ids {ids.dtype} {ids.shape} with {len(reported)} log-probabilities "
+            f"refused; allowed: {rows} of each, ids int32 from 0"
+        )
+    if logits is not None and (logits.ndim != 2 or len(logits) != rows):
+        raise EdgeMismatch(f"a result's logits {logits.shape} refused; allowed: ({rows}, vocab)")
+    return BatchResult(ids, reported, logits)
 
 
 def rows_only(tokens: int) -> BatchMeta:

@@ -24,7 +24,7 @@ from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.graph import StageGraph
 from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
-from step3_hetero.runtime.program import Program
+from step3_hetero.runtime.program import KINDS, Program
 from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.transport.base import CorruptFrame, FrameLimits, Listener, Transport
 
@@ -78,14 +78,14 @@ def serve(
         with drain.idle():
             front, traced = doorman.front(drain, FRONT_S)
             heart = Heart(settings.deadline_s)
-            heart.watch(front)
+            heart.watch(front, patient=True)  # Ctrl-Z stops it and not its roles
             front.wants(Kind.LOAD, FRONT_S)
             tell(state="loading")
             loaded = load()
         tell(state="ready")
         front.send(Kind.READY)
         forever = Service(front, drain, float("inf"))  # the lifeline tells of the front's end
-        _serve_front(settings, front, doorman, heart, loaded, forever, traced)
+        _serve_front(settings, front, doorman, heart, loaded, forever, traced, StageClock())
         heart.stop()
         front.close()
     finally:
@@ -109,10 +109,13 @@ def stand(
             with drain.idle():
                 front, traced = doorman.front(drain)
             tell(state="serving")
+            clock = StageClock()
             try:
-                _one_of_many(settings, front, doorman, loaded, drain, traced)
+                _one_of_many(settings, front, doorman, loaded, drain, traced, clock)
             except (EdgeMismatch, RoleLost, TransportTimeout, CorruptFrame) as cause:
                 tell(said=f"a front is served no longer: {cause}")
+            for entry in clock.only(settings.name, KINDS, settings.label).to_wire():
+                tell(pace=entry)
         tell(state="leaving")
     finally:
         doorman.close()
@@ -125,6 +128,7 @@ def _one_of_many(
     loaded: Loaded,
     drain: Drain,
     traced: bool,
+    clock: StageClock,
 ) -> None:
     heart = Heart(settings.deadline_s)
     heart.watch(front)
@@ -132,7 +136,7 @@ def _one_of_many(
         front.wants(Kind.LOAD, FRONT_S)
         front.send(Kind.READY)
         service = Service(front, drain, 2 * settings.deadline_s)
-        _serve_front(settings, front, doorman, heart, loaded, service, traced)
+        _serve_front(settings, front, doorman, heart, loaded, service, traced, clock)
     finally:
         heart.stop()
         front.close()
@@ -147,10 +151,11 @@ def _serve_front(
     loaded: Loaded,
     service: Service,
     traced: bool,
+    clock: StageClock,
 ) -> None:
     timeline = Timeline(settings.label) if traced else None
     if settings.leads:
-        _lead(settings, front, heart, loaded, service, timeline)
+        _lead(settings, front, heart, loaded, service, timeline, clock)
         return
 
     def greet() -> Link | None:
@@ -159,7 +164,7 @@ def _serve_front(
             heart.watch(link)
         return link
 
-    worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.tokens, timeline)
+    worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.tokens, timeline, clock)
     worker.serve(front, doorman, greet, service.is_over)
 
 
@@ -180,6 +185,7 @@ def _lead(
     loaded: Loaded,
     service: Service,
     timeline: Timeline | None,
+    clock: StageClock,
 ) -> None:
     def connect(name: str, address: str) -> Link:
         channel = settings.transport.connect(
@@ -195,7 +201,7 @@ def _lead(
         return link
 
     stages, caches = loaded
-    program = Program(settings.graph, stages, StageClock(), timeline=timeline)
+    program = Program(settings.graph, stages, clock, timeline=timeline)
     elsewhere = sorted(set(settings.role_of.values()) - {settings.name})
     remotes = {
         role: Remote(role, settings.number, connect, settings.deadline_s, settings.set_of[role])

@@ -16,6 +16,8 @@ from step3_hetero.afd.link import ready
 from step3_hetero.config import Config
 from step3_hetero.errors import ConfigError, RoleLost
 from step3_hetero.placement.written import write_whole
+from step3_hetero.runtime.clocks import StageClock
+from step3_hetero.runtime.paces import Paces
 
 ATTACH_VERSION = 1
 
@@ -38,6 +40,8 @@ class Kept:
     was_ready: bool = False
     """Since it was started last."""
     was_ever_ready: bool = False
+    clock: StageClock = field(default_factory=StageClock)
+    """Of all fronts that it has served."""
     start_at_s: float = 0.0
     since_s: float = field(default_factory=time.monotonic)
 
@@ -73,6 +77,7 @@ class Supervisor:
         on_event: OnEvent,
     ) -> None:
         self.roles = [Kept(m) for m in members]
+        self.paces = Paces(look_s=0.0)  # told of when a front leaves, seldom
         self._launcher = launcher
         self._where = where
         self._deadline_s = deadline_s
@@ -129,6 +134,8 @@ class Supervisor:
     def _hear(self, role: Kept, fact: Mapping[str, Any]) -> None:
         if "address" in fact:
             role.address = self._where[role.member.name] = str(fact["address"])
+        if "pace" in fact:
+            self._paced(role, fact["pace"])
         if "loaded" in fact:
             role.loaded = int(fact["loaded"])
             self._on_event(role, "")
@@ -138,6 +145,12 @@ class Supervisor:
             if fact["state"] == "ready":
                 role.was_ready = role.was_ever_ready = True
             self._moves(role, str(fact["state"]))
+
+    def _paced(self, role: Kept, said: Sequence[Any]) -> None:
+        """Take in how long a role's work took for a front that it has served."""
+        role.clock.join(StageClock.of_wire([said]))
+        for member, line in self.paces.take(role.member.name, role.clock):
+            self._on_event(next(r for r in self.roles if r.member.name == member), line)
 
     def _died(self, role: Kept, handle: Handle) -> None:
         how = handle.how_it_ended()
@@ -170,6 +183,9 @@ class Supervisor:
                 waiting -= set(ready(waiting, left))
             for role, handle in _handles(asked):
                 in_time = handle.fileno() not in waiting
+                for fact in handle.reports.read() if handle.reports.is_open else ():
+                    if "pace" in fact:
+                        self._paced(role, fact["pace"])
                 handle.end(at_once=True)
                 role.handle = None
                 self._moves(role, "ended", f"with {handle.how_it_ended()}" if in_time else "killed")

@@ -16,6 +16,7 @@ from step3_hetero.afd.partials import own_experts
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array
 from step3_hetero.errors import EdgeMismatch, Step3HeteroError
+from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.timeline import SEND, TAKE, Timeline
 from step3_hetero.transport.base import CorruptFrame
@@ -51,8 +52,11 @@ class Worker:
         f2a: Wire,
         tokens: int,
         timeline: Timeline | None = None,
+        clock: StageClock | None = None,
     ) -> None:
+        """``clock`` counts the runs of stages, by role and kind."""
         self._timeline = timeline
+        self._clock = StageClock() if clock is None else clock
         self._idle_since: float | None = None
         self._sent_s = 0.0
         self._stages = stages
@@ -143,6 +147,7 @@ class Worker:
         start = time.monotonic()
         outputs = loaded.stage.run(inputs)
         end = time.monotonic()
+        self._clock.add(loaded.role, loaded.node.kind, end - start)
         if self._timeline is not None:
             size = total_bytes(message.arrays)
             self._timeline.add(TAKE, name, start_s, start, size, call)

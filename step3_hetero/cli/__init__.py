@@ -9,6 +9,7 @@ from importlib import import_module
 import click
 
 from step3_hetero import __version__
+from step3_hetero.cli.stopping import TERMINATED_CODE, Terminated
 from step3_hetero.errors import Step3HeteroError
 
 COMMANDS = {
@@ -73,7 +74,7 @@ def cli(settings: dict[str, bool] | None, debug: bool) -> None:
 def main() -> None:
     """Run the command line; an error of ours is one line, and its traceback only on request.
 
-    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped.
+    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
     settings = {"debug": False}
     try:
@@ -93,9 +94,10 @@ def main() -> None:
             f"error: {_one_line(error.format_message()).rstrip('.')}{_help_of(error)}", err=True
         )
         sys.exit(2)
-    except click.Abort:
-        click.echo("stopped", err=True)
-        sys.exit(130)
+    except click.Abort as stop:
+        terminated = isinstance(stop.__cause__, Terminated)
+        click.echo("stopped by SIGTERM" if terminated else "stopped", err=True)
+        sys.exit(TERMINATED_CODE if terminated else 130)
 
 
 def _one_line(message: str) -> str:

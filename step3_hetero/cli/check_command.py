@@ -130,8 +130,11 @@ def _print_crossing(report: dict[str, Any]) -> None:
         click.echo("no edge crosses between devices")
         return
     rows = [
-        (c["kind"], c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]))
+        (
+            c["kind"], c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]),
+            c["members"], human_bytes(c["sent_bytes_per_token"]),
+        )
         for c in report["crossing"]
-    ]
-    header = ("edge", "from", "to", "edges", "bytes per token")
+    ]  # fmt: skip
+    header = ("edge", "from", "to", "edges", "bytes per token", "members", "sent per token")
     print_table("edges between devices", header, rows)

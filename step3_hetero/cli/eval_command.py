@@ -15,7 +15,7 @@ from step3_hetero.cli.options import (
     progress,
     set_option,
 )
-from step3_hetero.cli.seeing import Seeing, seeing_options, seen_engine
+from step3_hetero.cli.seeing import Seeing, seeing_options, seen_engine, timings_json
 
 EPILOG = """\b
 Examples:
@@ -60,10 +60,11 @@ def digits(
     with seen_engine(config, overrides, seeing, ablate=ablate, **roles) as engine:
         with progress("answering, tokens") as advance:
             scores = evaluate(engine, held, limit=limit, on_progress=advance)
-        placement = engine.placement.to_json()
+        placement, timings = engine.placement.to_json(), timings_json(engine)
     if as_json:
         listed = [s.to_json() for s in scores]
-        print_json({"scores": listed, "ablate": ablate, "placement": placement})
+        seen = {"placement": placement, "timings": timings}
+        print_json({"scores": listed, "ablate": ablate, **seen})
         return
     rows = [(s.name, f"{s.accuracy:.1%}", f"{s.right} of {s.asked}") for s in scores]
     title = "held-out accuracy" + (f", {ablate} zeroed" if ablate else "")

@@ -20,7 +20,7 @@ from step3_hetero.cli.options import (
     progress,
     set_option,
 )
-from step3_hetero.cli.seeing import Seeing, seeing_options, seen_engine
+from step3_hetero.cli.seeing import Seeing, seeing_options, seen_engine, timings_json
 from step3_hetero.errors import RequestError
 
 if TYPE_CHECKING:
@@ -84,9 +84,8 @@ def command(
                 question, params, images=[Path(i) for i in images], on_token=counter
             )
         if as_json:
-            stages = engine.executor.clock.to_json()
             placement = engine.placement.to_json()
-            timings = {**done.timings, "stages": stages}
+            timings = {**done.timings, **timings_json(engine)}
             seen = {"timings": timings, "placement": placement, "shadow": shadow_report(engine)}
             print_json({**done.to_json(), **seen})
             return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from step3_hetero.cli.options import progress
+from step3_hetero.cli.stopping import sigterm_stops
 
 if TYPE_CHECKING:
     from step3_hetero.runtime.engine import Engine
@@ -43,19 +44,20 @@ def roles_options(function: F) -> F:
 
 @contextmanager
 def load_engine(config: str, overrides: Sequence[str], **options: Any) -> Iterator[Engine]:
-    """Load the engine of a config file; close it at the end."""
+    """Load the engine of a config file; close it at the end, also if SIGTERM comes."""
     from step3_hetero.api import load
     from step3_hetero.config import Config
 
     read = Config.read(Path(config), list(overrides))
     loaded = 0
-    with progress("loading stages") as advance:
+    with sigterm_stops():
+        with progress("loading stages") as advance:
 
-        def on_stage(name: str) -> None:
-            nonlocal loaded
-            loaded += 1
-            advance(loaded)
+            def on_stage(name: str) -> None:
+                nonlocal loaded
+                loaded += 1
+                advance(loaded)
 
-        engine = load(read, on_stage=on_stage, **options)
-    with engine:
-        yield engine
+            engine = load(read, on_stage=on_stage, **options)
+        with engine:
+            yield engine

@@ -19,6 +19,7 @@ from step3_hetero.errors import RequestError
 
 if TYPE_CHECKING:
     from step3_hetero.runtime.engine import Engine
+    from step3_hetero.runtime.paces import Paces
     from step3_hetero.runtime.timeline import Timeline
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -117,6 +118,22 @@ def print_timings(engine: Engine, seconds: float) -> None:
     ]  # fmt: skip
     header = ("role", "what", "calls", "seconds", "of the run", "median ms", "p99 ms", "sent")
     print_table(f"where {seconds:.2f} s went", header, rows, stderr=True)
+    if engine.executor.paces is not None:
+        print_paces(engine.executor.paces)
+
+
+def print_paces(paces: Paces) -> None:
+    """Print the table of how long each member's calls took, on standard error."""
+    from step3_hetero.runtime.paces import table_of
+
+    print_table("calls by member", *table_of(paces.rows()), stderr=True)
+
+
+def timings_json(engine: Engine) -> dict[str, Any]:
+    """Return what ``--json`` prints of where the time went, and of each member's pace."""
+    executor = engine.executor
+    members = [] if executor.paces is None else [pace.to_json() for pace in executor.paces.rows()]
+    return {"stages": executor.clock.to_json(), "members": members}
 
 
 def _ms(seconds: float) -> str:

@@ -33,6 +33,8 @@ Ctrl-C or SIGTERM: the roles finish what is under way, then all end with code 0.
               help="Write what each role says to a file there, too.")  # fmt: skip
 @click.option("--launcher", type=click.Choice(["local", "ray"]), default="local",
               show_default=True, help="Who starts the roles.")  # fmt: skip
+@click.option("--timings", is_flag=True,
+              help="At the end, print how long each role's work took.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print an event a line, as JSON.")
 @set_option
 def command(
@@ -40,6 +42,7 @@ def command(
     attach: str | None,
     log_dir: str | None,
     launcher: str,
+    timings: bool,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -71,6 +74,8 @@ def command(
         before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             supervisor.run(up)
+            if timings:
+                shown.paces(supervisor.paces)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

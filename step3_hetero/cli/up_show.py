@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from step3_hetero.cli.seeing import print_paces
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
     from step3_hetero.afd.up import Kept
+    from step3_hetero.runtime.paces import Paces
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red")
 
@@ -42,6 +45,10 @@ class EventLines:
     def up(self, roles: Sequence[Kept], attach: str | None) -> None:
         """Tell that all are ready."""
         self._print({"event": "up", "attach": attach, "roles": [r.to_json() for r in roles]})
+
+    def paces(self, paces: Paces) -> None:
+        """Tell how long each member's work took."""
+        self._print({"event": "timings", "members": [pace.to_json() for pace in paces.rows()]})
 
     def _print(self, fact: Mapping[str, Any]) -> None:
         with suppress(BrokenPipeError):  # nobody reads any more; the roles stand all the same
@@ -100,6 +107,12 @@ class Table:
             self._console.print(self._table(), soft_wrap=True)
         use = f"; use them with --attach {attach}" if attach else ""
         self._console.print(f"{len(roles)} roles stand{use}; Ctrl-C ends them")
+
+    def paces(self, paces: Paces) -> None:
+        """Show how long each member's work took."""
+        if self._live is not None:
+            self._live.stop()
+        print_paces(paces)
 
     def _table(self) -> RichTable:
         from rich import box

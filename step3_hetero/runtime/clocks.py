@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,12 @@ PER_OCTAVE = 8
 """Steps in which a duration is filed, for each doubling: a quantile is within 4.5 %."""
 
 LEAST_S = 1e-9
+
+MOST = 1 << 63
+"""What a clock that somebody else tells may count: seconds, calls, bytes."""
+
+MOST_STEP = 63 * PER_OCTAVE
+"""Nor can it file a duration beyond."""
 
 WAIT = "wait"
 """Kind of the seconds in which an instance had nothing to compute."""
@@ -43,6 +49,16 @@ class Durations:
         for step, count in other.filed.items():
             self.filed[step] = self.filed.get(step, 0) + count
 
+    def since(self, before: Durations) -> Durations:
+        """Return the calls counted after a copy ``before`` of this one was taken."""
+        filed = {step: n - before.filed.get(step, 0) for step, n in list(self.filed.items())}
+        return Durations(
+            self.seconds - before.seconds,
+            self.calls - before.calls,
+            self.sent_bytes - before.sent_bytes,
+            {step: n for step, n in filed.items() if n > 0},
+        )
+
     def quantile_s(self, part: float) -> float:
         """Return the seconds that ``part`` of the calls did not exceed, within 4.5 %; 0 of none.
 
@@ -69,6 +85,14 @@ class StageClock:
     def add(self, role: str, kind: str, seconds: float, sent_bytes: int = 0) -> None:
         """Count one call."""
         self.entries.setdefault((role, kind), Durations()).add(seconds, sent_bytes)
+
+    def only(self, role: str, kinds: Collection[str], name: str) -> StageClock:
+        """Return the entries of a role and of these kinds of work under another name."""
+        found = StageClock()
+        for (owner, kind), durations in list(self.entries.items()):
+            if owner == role and kind in kinds:
+                found.entries[name, kind] = durations
+        return found
 
     def join(self, other: StageClock) -> None:
         """Add what another clock has counted."""
@@ -109,10 +133,25 @@ class StageClock:
             for role, kind, seconds, calls, sent, filed in said:
                 durations = Durations(float(seconds), int(calls), int(sent))
                 durations.filed = {int(step): int(count) for step, count in filed}
+                _check(durations)
                 clock.entries[str(role), str(kind)] = durations
-        except (ValueError, TypeError) as cause:
+        except (ValueError, TypeError, OverflowError) as cause:
             raise EdgeMismatch(f"a clock is not told by role and kind: {cause}") from cause
         return clock
+
+
+def _check(told: Durations) -> None:
+    """Refuse what no calls take.
+
+    Raises:
+        ValueError: with the number.
+    """
+    for number in (told.seconds, told.calls, told.sent_bytes, *told.filed.values()):
+        if not 0 <= number < MOST:
+            raise ValueError(f"{number!r} refused; allowed: from 0 to 64 bits")
+    for step in told.filed:
+        if not -MOST_STEP <= step <= MOST_STEP:
+            raise ValueError(f"step {step} refused; allowed: to {MOST_STEP} either way")
 
 
 def sum_of(clocks: Mapping[str, StageClock]) -> StageClock:

@@ -11,6 +11,7 @@ from step3_hetero.backend import Array, BatchMeta, Device, KVCache, Stage
 from step3_hetero.graph import GraphStage
 from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.microbatch import Landed, MicroBatch, Ticket
+from step3_hetero.runtime.paces import Paces
 from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.specs import Limits
 
@@ -46,13 +47,15 @@ class Executor(ABC):
     """Owns devices, weights and KV memory; knows nothing of requests.
 
     ``instances`` of the attention role each hold a cache of ``kv_blocks`` logical blocks and take
-    ``microbatches`` at a time. ``timeline``, if there is one, holds what ran when.
+    ``microbatches`` at a time. ``timeline``, if there is one, holds what ran when; ``paces``, where
+    a role may be several processes, which of them is slow.
     """
 
     limits: Limits
     kv_blocks: int
     clock: StageClock
     timeline: Timeline | None = None
+    paces: Paces | None = None
     observers: Sequence[Observer] = ()
     instances: int = 1
     microbatches: int = 1

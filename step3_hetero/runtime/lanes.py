@@ -60,6 +60,7 @@ class Lanes:
             cached_blocks=sum(pool.cached for pool in pools),
             preemptions=sum(instance.preemptions for instance in self.instances),
             prefix_tokens_reused=sum(instance.reused_tokens for instance in self.instances),
+            losses=sum(instance.epoch for instance in self.instances),
         )
 
     def add(self, sequence: SequenceState) -> None:

@@ -161,6 +161,8 @@ class Placement:
                     "target": target,
                     "edges": count,
                     "bytes_per_token": nbytes,
+                    "members": self.members_at(source, target),
+                    "sent_bytes_per_token": nbytes * self.members_at(source, target),
                 }
                 for (kind, source, target), (count, nbytes) in self.crossing_summary().items()
             ],
@@ -174,6 +176,13 @@ class Placement:
             count, nbytes = found.get(key, (0, 0))
             found[key] = (count + 1, nbytes + self.edge_bytes(edge))
         return found
+
+    def members_at(self, source: str, target: str) -> int:
+        """Return how many processes share the stages at an edge's sharded end: each carries it.
+
+        A2F goes whole to every member of a set, and a partial sum of the whole F2A comes from each.
+        """
+        return max(self.roles[source].sharers, self.roles[target].sharers)
 
     def edge_bytes(self, edge: Edge) -> int:
         """Return the bytes of one token on an edge, as the activations' dtype has them."""

@@ -19,6 +19,9 @@ from step3_hetero.runtime.timeline import Timeline
 SAMPLE = "sample"
 """Kind of the work that chooses tokens from the head's logits."""
 
+KINDS = ("embed", "attention", "ffn", "vision", "head", SAMPLE)
+"""Kinds of work that a device does, not an edge."""
+
 Wires = dict[str, dict[str, Array]]
 """Inputs gathered so far: stage, tensor name, array on the device where that stage is called."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,8 @@ def spans_of(said: Sequence[Sequence[Any]], shift_s: float = 0.0) -> list[Span]:
             )
             for who, kind, stage, batch, start, end, sent, call in said
         ]  # fmt: skip
-    except (ValueError, TypeError) as cause:
+        if not all(math.isfinite(span.start_s) and math.isfinite(span.end_s) for span in found):
+            raise ValueError("a time that is no number")
+    except (ValueError, TypeError, OverflowError) as cause:
         raise EdgeMismatch(f"what ran when is not told in spans: {cause}") from cause
     return [span.shifted(shift_s) for span in found] if shift_s else found

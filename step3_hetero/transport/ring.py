@@ -75,9 +75,10 @@ class Memory:
         Raises:
             RoleLost: this side has let go of it.
         """
-        if not self._count.size:
+        count = self._count  # another thread may close meanwhile
+        if not count.size:
             raise RoleLost("the channel is closed")
-        return int(self._count[0])
+        return int(count[0])
 
     @count.setter
     def count(self, value: int) -> None:

@@ -146,6 +146,8 @@ class ShmChannel(Channel):
                 f"{self._capacity:,}"
             )
         room = self._theirs.ring[place : place + size]
+        if len(room) < size:
+            raise RoleLost("the channel is closed")
         whole = bytes(head) if inline else room[: header.head_bytes].tobytes()
         lent = Lent(room[head_room:], header.parts_in)
         self._lent.append((count, lent))

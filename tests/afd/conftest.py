@@ -9,12 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import yaml
 from afd.leaks import MARK, Before
+from afd.played import CONTRACT, FRAME, ONE, TRANSPORT
+
+from step3_hetero.afd.front import ProcessExecutor
+from step3_hetero.afd.link import Link
+from step3_hetero.specs import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "examples" / "digits.yaml"
@@ -129,6 +134,27 @@ def stopped():
         try:
             yield
         finally:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # it may have been killed meanwhile
+                os.kill(pid, signal.SIGCONT)
 
     return stop
+
+
+@pytest.fixture
+def front():
+    """Start a front over played roles: by default one attention instance."""
+    made = []
+
+    def start(stage, members=ONE, microbatches=2, **counts):
+        made.append(
+            ProcessExecutor(
+                members, counts or {"a": 1}, stage,
+                lambda name, address: Link(TRANSPORT.connect(address, FRAME, 2), name),
+                CONTRACT, Limits(8, 8, 8), 4, microbatches, 2.0,
+            )
+        )  # fmt: skip
+        return made[-1]
+
+    yield start
+    while made:  # a channel of this transport goes with the last who knows it
+        made.pop().close()

@@ -4,7 +4,9 @@ import os
 import signal
 
 import pytest
-from afd.questions import MARGIN, ONE, answers, differences, split
+from afd.questions import DIGITS, MARGIN, ONE, answers, differences, split
+
+from step3_hetero import SamplingParams, load
 
 pytest.importorskip("torch")
 
@@ -41,6 +43,17 @@ def test_answers_of_a_set_are_one_process_s_up_to_the_order_of_sums(together, ov
 
 def test_same_sharding_gives_the_same_bits_whoever_calls_and_in_whatever_batch(undisturbed):
     assert answers(count=8, **split(2, 4, 2, runtime__microbatches=3)) == undisturbed
+
+
+def test_an_edge_carries_what_check_says_to_and_from_every_member():
+    with load(DIGITS, **split(1, 2, 2, roles__f__backend="reference")) as engine:
+        engine.generate([21, 22, 23], SamplingParams(max_tokens=6, ignore_eos=True))
+        says = {c["kind"]: c for c in engine.placement.to_json()["crossing"]}
+        sent = {key: d.sent_bytes for key, d in engine.executor.clock.entries.items()}
+    tokens = 3 + 6 - 1  # the last one is not computed any more
+    assert sent["a", "send to f"] == tokens * says["A2F"]["sent_bytes_per_token"]
+    assert sent["f", "send"] == tokens * says["F2A"]["sent_bytes_per_token"]
+    assert says["A2F"]["sent_bytes_per_token"] == 2 * says["A2F"]["bytes_per_token"]
 
 
 @pytest.mark.parametrize("member", [0, 1])

@@ -1,101 +1,17 @@
 """The front against roles that a test plays: what comes together, what comes damaged or never."""
 
 import os
-import threading
 import time
-from contextlib import suppress
 
-import numpy as np
 import pytest
+from afd.played import CONTRACT, RESULT, Stage, batch
 
-from step3_hetero.afd.doorman import FRONT
-from step3_hetero.afd.elsewhere import Watched
-from step3_hetero.afd.front import ProcessExecutor
-from step3_hetero.afd.launcher import Launcher, Member, Reports, tell
-from step3_hetero.afd.link import Link, limits
-from step3_hetero.afd.messages import Kind, result_parcel
-from step3_hetero.backend import BatchMeta
-from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError
-from step3_hetero.runtime.microbatch import BatchResult, Choice, MicroBatch
-from step3_hetero.specs import Limits
+from step3_hetero.afd.launcher import Member, Reports, tell
+from step3_hetero.afd.messages import Kind
+from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.transport.base import CorruptFrame
-from step3_hetero.transport.inproc import InprocTransport
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-CONTRACT = {"protocol": 1}
-ONE = (Member("a", 0, True),)
-FRAME = limits(1 << 20)
-TRANSPORT = InprocTransport()
-
-
-def batch():
-    one, none = np.zeros(1, np.int32), np.zeros((1, 1), np.int32)
-    meta = BatchMeta(one, one, np.array([0, 1], np.int32), one + 1, none)
-    choice = Choice(*(np.zeros(1, np.float32) for _ in range(4)), banned=-1)
-    return MicroBatch(one, meta, one, choice, [None])
-
-
-RESULT = result_parcel(BatchResult(np.array([7], np.int32), [None]))
-
-
-class Played(Watched):
-    """A role whose side of the link the test holds."""
-
-    def __init__(self, member, contract):
-        super().__init__(member.name)
-        self.contract = contract
-        self.listener = TRANSPORT.listen("", FRAME)
-        self.link = None
-        self.tells(address=self.listener.address)
-        self._thread = threading.Thread(target=self._greet, daemon=True)
-        self._thread.start()
-
-    def _greet(self):
-        with suppress(Step3HeteroError):  # a front that has no use for it goes
-            self.link = Link(self.listener.accept(3), FRONT)
-            self.link.wants(Kind.HELLO, 10)
-            self.link.send(Kind.AGREED, said={"contract": self.contract})
-            self.link.wants(Kind.LOAD, 10)
-            self.link.send(Kind.READY)
-
-    def end(self, *, at_once=False):
-        self._thread.join(10)
-        self.listener.close()
-        if self.link is not None:
-            self.link.close()
-        super().end()
-
-
-class Stage(Launcher):
-    def __init__(self, contracts=()):
-        self.played = []
-        self.contracts = list(contracts)
-
-    def launch(self, member):
-        contract = self.contracts.pop(0) if self.contracts else CONTRACT
-        self.played.append(Played(member, contract))
-        return self.played[-1]
-
-
-@pytest.fixture
-def front():
-    """Start a front over played roles: by default one attention instance."""
-    made = []
-
-    def start(stage, members=ONE, microbatches=2, **counts):
-        made.append(
-            ProcessExecutor(
-                members, counts or {"a": 1}, stage,
-                lambda name, address: Link(TRANSPORT.connect(address, FRAME, 2), name),
-                CONTRACT, Limits(8, 8, 8), 4, microbatches, 2.0,
-            )
-        )  # fmt: skip
-        return made[-1]
-
-    yield start
-    while made:  # a channel of this transport goes with the last who knows it
-        made.pop().close()
 
 
 def test_result_that_came_with_the_end_of_its_role_is_computed_again(front):
@@ -199,3 +115,35 @@ def test_reports_are_facts_and_nothing_else():
     assert reports.read() == [{"state": "ready"}]
     os.close(writing)
     assert reports.read() == [] and not reports.is_open
+
+
+class Reusing(Stage):
+    """Its second role tells its end by the number by which the first one's reports came."""
+
+    def launch(self, member):
+        if not self.played:
+            self.number = super().launch(member).reports.fileno()
+            return self.played[0]
+        held = os.open(os.devnull, os.O_RDONLY)
+        if held != self.number:  # nothing else of the new role gets it meanwhile
+            os.dup2(held, self.number)
+            os.close(held)
+        role = super().launch(member)
+        os.dup2(role._bell, self.number)
+        os.close(role._bell)
+        role._bell = self.number
+        return role
+
+
+def test_a_descriptor_s_number_that_is_another_s_in_the_same_round_ends_nobody_else(front):
+    stage = Reusing()
+    executor = front(stage)
+    first = stage.played[0]
+    first.tells(said="something to read")
+    first.ended("signal SIGKILL")  # both are found in one round, the end first
+    executor._attend(1)
+    assert len(stage.played) == 2 and stage.played[1].fileno() == stage.number
+    seat = executor._seats.leading(0)
+    assert seat.deaths == 1 and seat.handle is stage.played[1]
+    _until(lambda: seat.is_ready, executor)
+    assert len(stage.played) == 2

@@ -88,7 +88,7 @@ def test_a_micro_batch_with_images_survives_the_way():
 def test_a_result_survives_the_way_to_the_last_bit():
     logprobs = [RowLogprobs(-0.1, ((3, -0.1), (4, -2.302585092994046))), None]
     result = BatchResult(np.array([3, 9], np.int32), logprobs, np.eye(2, dtype=np.float32))
-    got = result_of(*carried(*result_parcel(result)))
+    got = result_of(*carried(*result_parcel(result)), 2, with_logits=True)
     assert got.logprobs == logprobs
     np.testing.assert_array_equal(got.logits, result.logits)
 

@@ -65,6 +65,23 @@ def test_roles_stand_serve_two_fronts_return_when_killed_and_leave_nothing(
     assert not attach.exists()
 
 
+def test_a_set_of_ranks_stands_and_is_attached_to(command, write_config, tmp_path):
+    config, attach = write_config(roles__f__tp=2), tmp_path / "roles.json"
+    up = command("up", config, "--json", "--attach", attach)
+    up.says('"event": "up"')
+    where = json.loads(attach.read_text())["roles"]
+    assert {role: len(set(addresses)) for role, addresses in where.items()} == {"a": 1, "f": 2}
+    attached = tokens(config, attach=attach)
+    assert attached == tokens(config)
+    assert [states(up, name).count("serving") for name in ("a:0", "f:0", "f:1")] == [1, 1, 1]
+    with load(config, attach=attach) as engine:
+        engine.generate([21, 22, 23], PARAMS)
+        paces = {m.member: m.calls for m in engine.executor.paces.rows() if m.stage == "ffn"}
+    assert paces["f:0"] == paces["f:1"] > 0
+    up.popen.send_signal(signal.SIGTERM)
+    assert up.ends() == 0
+
+
 def test_piped_it_prints_one_table_and_a_line_for_each_change(command, write_config):
     up = command("up", write_config())
     up.says("2 roles stand; Ctrl-C ends them")

@@ -62,6 +62,10 @@ def test_check_accepts_what_plan_writes(written):
     sequences = yaml.safe_load(written.read_text())["runtime"]["max_batch"]
     assert a["kv_bytes"] == 61 * 512 * 8192 * sequences
     assert {e["kind"]: e["dtype"] for e in found["crossing"]} == {"a2f": "int8", "f2a": "bf16"}
+    assert {e["members"] for e in found["crossing"]} == {f["tp"] * f["ep"]}
+    assert {e["sent_bytes_per_token"] / e["bytes_per_token"] for e in found["crossing"]} == {
+        f["tp"] * f["ep"]
+    }
     assert any(f"a.tp: {a['tp']} is not available yet" in said for said in found["not_run_yet"])
     assert f["tp"] > 1 and f["ep"] > 1 and "roles.f" not in str(found["not_run_yet"])
 

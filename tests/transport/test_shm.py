@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from step3_hetero.errors import EdgeMismatch, RoleLost
-from step3_hetero.transport.base import Frame
+from step3_hetero.transport.base import Frame, FrameLimits
 from step3_hetero.transport.registry import get_transport
 from step3_hetero.transport.ring import Memory, Ring
 from step3_hetero.transport.shm import capacity_of
@@ -175,3 +175,69 @@ def test_a_ring_gives_out_no_byte_twice_and_all_of_them_in_turn():
         assert 0 <= place <= (1 << 12) - size
         held.append((place, size, ring.written))
     assert ring.written > 20 * (1 << 12)
+
+
+def closing_after(function, channel):
+    """Return a function that closes the channel as another thread would, once it has its result."""
+
+    def closes(*arguments):
+        found = function(*arguments)
+        channel.close()
+        return found
+
+    return closes
+
+
+@pytest.fixture
+def ends():
+    """Return both ends of a channel, whose frames may have heads that lie in the ring."""
+    wide = FrameLimits(1 << 14, 1 << 16, 4)
+    listener = get_transport("shm").listen("", wide)
+    here = get_transport("shm").connect(listener.address, wide, 5)
+    there = listener.accept(5)
+    yield here, there
+    for end in (here, there, listener):
+        end.close()
+
+
+@pytest.mark.parametrize(
+    ("head", "parts"),
+    [(b"h", [b"x" * 900]), (bytes(9000), []), (bytes(9000), [b"x"])],
+    ids=["part", "head in the ring", "both"],
+)
+def test_a_channel_closed_once_a_place_is_found_is_lost_to_who_sends(ends, head, parts):
+    here, _ = ends
+    here._reserved = closing_after(here._reserved, here)
+    with pytest.raises(RoleLost):
+        here.send(Frame(9, 0, 0, head, parts), 1)
+
+
+class Closing:
+    """The word that says how much was read; its channel is closed between two looks at it."""
+
+    def __init__(self, memory):
+        self.memory, self.word = memory, memory._count
+
+    @property
+    def size(self):
+        self.memory._count = self.word[:0].copy()
+        return self.word.size
+
+    def __getitem__(self, place):
+        return self.word[place]
+
+
+def test_a_channel_closed_while_room_is_looked_for_is_lost_to_who_sends(ends):
+    here, _ = ends
+    here._theirs._count = Closing(here._theirs)
+    here.send(Frame(9, 0, 0, b"", [b"x"]), 1)  # this one still sees what there was
+    with pytest.raises(RoleLost, match="the channel is closed"):
+        here.send(Frame(9, 0, 0, b"", [b"x"]), 1)
+
+
+def test_a_channel_closed_once_a_bell_has_come_is_lost_to_who_receives(ends):
+    here, there = ends
+    here.send(Frame(9, 0, 0, b"h", [b"x" * 900]), 1)
+    there._read_bell = closing_after(there._read_bell, there)
+    with pytest.raises(RoleLost, match="the channel is closed"):
+        there.receive(1)
