@@ -17,6 +17,7 @@ from step3_hetero.afd.messages import (
     total_bytes,
 )
 from step3_hetero.afd.partials import added
+from step3_hetero.afd.ranks import Ranks
 from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import IsOver
@@ -57,13 +58,20 @@ class Driver:
         a2f: Wire,
         f2a: Wire,
         number: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
+        """``number`` is the instance's; ``ranks`` are the others, where it has several."""
         self._number = number
+        self._ranks = ranks
+        self._held: deque[Message] = deque()
         self._role = role_of["embed"]
         self._program = program
         self._caches = caches
         self._role_of = role_of
         self._remotes = remotes
+        self._called: dict[str, Remote | Ranks] = dict(remotes)
+        if ranks is not None:
+            self._called[self._role] = ranks
         self._a2f = a2f
         self._f2a = f2a
         self._underway: dict[int, Underway] = {}
@@ -73,7 +81,7 @@ class Driver:
     def serve(self, front: Link, is_over: IsOver) -> None:
         """Serve until the front says stop or is gone, or ``is_over`` says so."""
         while not is_over([front], busy=bool(self._underway)):
-            links = [link for remote in self._remotes.values() for link in remote.links]
+            links = [link for called in self._called.values() for link in called.links]
             for link in self._awaited([front, *links]):
                 if link is front:
                     if not self._from_front(front):
@@ -82,8 +90,8 @@ class Driver:
                     self._from_remote(front, link)
             while self._answers:
                 self._resume(front, *self._answers.popleft())
-            for role, remote in self._remotes.items():
-                for number in remote.lost():
+            for role, called in self._called.items():
+                for number in called.lost():
                     front.post(Kind.LOST, said={"role": role, "instance": number})
 
     def _awaited(self, links: Sequence[Link]) -> list[Link]:
@@ -100,9 +108,18 @@ class Driver:
             message = front.receive(1.0)
         except (RoleLost, TransportTimeout):
             return False
+        if message.kind == Kind.PEERS:
+            for role, addresses in message.said["peers"].items():
+                self._called[role].point({int(n): str(a) for n, a in addresses.items()})
+        elif message.kind != Kind.BEAT:
+            self._held.append(message)
+        while self._held and (self._ranks is None or self._ranks.is_whole):
+            self._do(front, self._held.popleft())
+        return message.kind != Kind.STOP
+
+    def _do(self, front: Link, message: Message) -> None:
+        """Do what the front asks of the cache and the stages; all ranks are there."""
         match message.kind:
-            case Kind.STOP:
-                return False
             case Kind.BATCH:
                 batch = batch_of(message.said, message.arrays)
                 self._work_on(message.seq)
@@ -111,14 +128,15 @@ class Driver:
                 self._program.forget_image(int(message.said["key"]))
             case Kind.COPY:
                 pairs = [(int(a), int(b)) for a, b in message.said["pairs"]]
+                if self._ranks is not None:
+                    self._ranks.copy(pairs)
                 for cache in self._caches:
                     cache.copy_blocks(pairs)
-            case Kind.PEERS:
-                for role, addresses in message.said["peers"].items():
-                    self._remotes[role].point({int(n): str(a) for n, a in addresses.items()})
-        return True
 
     def _from_remote(self, front: Link, link: Link) -> None:
+        if self._ranks is not None and link in self._ranks.links:
+            self._ranks.read(link)
+            return
         remote = next((r for r in self._remotes.values() if link in r.links), None)
         if remote is None:  # dropped while an earlier link was read
             return

@@ -27,7 +27,12 @@ def members(config: Config, placement: Placement) -> list[Member]:
                 f"with processes: per-role one role has {stage_ranges(_kept(placement))}",
             )
     return [
-        Member(name, number, name == leading)
+        Member(
+            name,
+            number,
+            name == leading and number % config.roles[name].tp == 0,
+            config.roles[name].tp,
+        )
         for name in placement.roles
         for number in range(config.roles[name].processes)
     ]
