@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from step3_hetero.afd.link import GONE, Link
 from step3_hetero.afd.messages import Kind, meta_arrays
@@ -23,12 +24,16 @@ HOST = "127.0.0.1"
 
 
 class Reduction:
-    """Adds up what the ranks of an instance bring, in whichever group they form now."""
+    """Adds up what the ranks of an instance bring, in whichever group they form now.
+
+    It lives as long as its process, and so does the address at which rank 0 has them meet.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self._group: Collective | None = None
+        self._epochs = itertools.count(1)
 
     def __call__(self, x: Array) -> Array:
         """See ``Collective.all_reduce``.
@@ -40,6 +45,16 @@ class Reduction:
         if self._group is None:
             raise RoleLost(f"rank {self.rank} of {self.size} is in no group")
         return self._group.all_reduce(x)
+
+    def next_meeting(self) -> tuple[str, int]:
+        """Return where the ranks are to meet now, and the epoch of their group. Of rank 0."""
+        return self._address, next(self._epochs)
+
+    @cached_property
+    def _address(self) -> str:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            return f"{HOST}:{probe.getsockname()[1]}"
 
     def join(self, device: Device, address: str, epoch: int) -> None:
         """Leave the group there was, if any, and form another.
@@ -86,7 +101,6 @@ class Ranks:
         self._lost: set[int] = set()
         self._told: dict[BatchMeta, int] = {}
         self._batches = itertools.count(1)
-        self._epochs = itertools.count(1)
 
     @property
     def links(self) -> list[Link]:
@@ -148,7 +162,7 @@ class Ranks:
             link.close()
 
     def _meet(self) -> None:
-        address, epoch = f"{HOST}:{free_port()}", next(self._epochs)
+        address, epoch = self._reduction.next_meeting()
         self._tell(Kind.MEET, 0, {"address": address, "epoch": epoch})
         self._reduction.join(self._device, address, epoch)
         self.is_whole = True
@@ -180,10 +194,3 @@ class LedStage(Stage):
         assert self._meta is not None, "plan comes before run"
         self._ranks.run(self._loaded.node.name, self._meta, inputs)
         return self._loaded.stage.run(inputs, out)
-
-
-def free_port() -> int:
-    """Return a port of this machine's loopback on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
