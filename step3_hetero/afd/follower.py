@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from step3_hetero.afd.asked import taken
 from step3_hetero.afd.link import Link, Message
 from step3_hetero.afd.messages import Kind, meta_of
 from step3_hetero.afd.ranks import Reduction
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Called
 from step3_hetero.backend import BatchMeta, KVCache
-from step3_hetero.errors import RoleLost
+from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.executor import LoadedStage
+from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import CorruptFrame
 
 
@@ -70,35 +73,59 @@ class Follower(Called):
 
     def _take(self, link: Link) -> None:
         try:
-            message = link.receive(1.0)
-            self._obey(link, message)
-        except (CorruptFrame, KeyError, ValueError, TypeError) as cause:
-            raise RoleLost(f"{link.name} said what cannot be: {cause!r}") from cause
+            work = self._asked(link, link.receive(1.0))
+        except (CorruptFrame, EdgeMismatch, KeyError, TypeError, ValueError) as cause:
+            raise RoleLost(f"{link.name} said what cannot be: {cause}") from cause
+        work()
 
-    def _obey(self, link: Link, message: Message) -> None:
+    def _asked(self, link: Link, message: Message) -> Callable[[], None]:
+        """Return the work that a message asks for.
+
+        Raises:
+            EdgeMismatch, KeyError, TypeError, ValueError: there is no such work.
+        """
+        said = message.said
+        if message.kind == Kind.BEAT:
+            return lambda: None
         if message.kind == Kind.MEET and link.name == self._leader:
-            self._begin_anew()
-            self._link = link
-            device = self._stages[self._last].device
-            self._reduction.join(device, str(message.said["address"]), int(message.said["epoch"]))
-        elif message.kind == Kind.BEAT:
-            return
-        elif link is not self._link:
-            raise RoleLost(f"{link.name} does not lead here; {self._leader} does")
-        elif message.kind == Kind.BATCH:
-            self._underway[message.seq] = Underway(meta_of(message.arrays))
-        elif message.kind == Kind.CALL:
-            self._run(message)
-        elif message.kind == Kind.COPY:
-            pairs = [(int(a), int(b)) for a, b in message.said["pairs"]]
-            for cache in self._caches:
-                cache.copy_blocks(pairs)
+            return partial(self._meet, link, str(said["address"]), int(said["epoch"]))
+        if link is not self._link:
+            raise EdgeMismatch(
+                f"{link.name} does not lead here; {self._leader} does, once it meets"
+            )
+        if message.kind == Kind.BATCH:
+            started = Underway(meta_of(message.arrays))
+            return partial(self._underway.__setitem__, message.seq, started)
+        if message.kind == Kind.CALL:
+            loaded, batch = self._stages[said["stage"]], self._underway[message.seq]
+            _check(loaded, batch, message.arrays)
+            return partial(self._run, loaded, batch, message)
+        if message.kind == Kind.COPY:
+            return partial(self._copy, [(int(a), int(b)) for a, b in said["pairs"]])
+        raise EdgeMismatch(f"a message of kind {message.kind}")
 
-    def _run(self, message: Message) -> None:
-        batch, loaded = self._underway[message.seq], self._stages[message.said["stage"]]
-        takes = {t.name: t for t in loaded.node.takes}
-        inputs = Wire().to_device(loaded.device, message.arrays, takes)
+    def _meet(self, link: Link, address: str, epoch: int) -> None:
+        self._begin_anew()
+        self._link = link
+        self._reduction.join(self._stages[self._last].device, address, epoch)
+
+    def _run(self, loaded: LoadedStage, batch: Underway, message: Message) -> None:
+        inputs = Wire().to_device(loaded.device, message.arrays, taken(loaded.node))
         loaded.stage.plan(batch.meta)
         batch.x = loaded.stage.run({"x": batch.x, **inputs})["x"]
         if loaded.node.name == self._last:
             del self._underway[message.seq]
+
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for cache in self._caches:
+            cache.copy_blocks(pairs)
+
+
+def _check(loaded: LoadedStage, batch: Underway, arrays: Mapping[str, HostArray]) -> None:
+    """Refuse what a stage does not take: x comes with the first one, y with those that add it."""
+    shape = (batch.meta.tokens, loaded.node.spec.hidden)
+    missing = (t for t in loaded.node.takes if t.name != "x" or batch.x is None)
+    wanted = {t.name: (shape, t.dtype) for t in missing}
+    came = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
+    if came != wanted:
+        raise EdgeMismatch(f"{loaded.node.name}: {came} refused; it takes {wanted}")

@@ -63,13 +63,17 @@ def given(whole, seed=0):
     return [(m, {t.name: rng.standard_normal((n, HIDDEN)) for t in whole.takes}) for m, n in rows]
 
 
-def run(node, checkpoint, batches, device, reduce=None):
-    """Return a stage's outputs for one batch after another."""
+def staged(node, checkpoint, device, reduce=None):
+    """Return a stage of attention with weights and a cache."""
     weights = stage_weights(device, node, checkpoint, "auto")
     split = {"reduce": reduce} if reduce else {}
     cache = open_cache(device, node, BLOCKS)
-    stage = device.build(node.spec, weights, cache, Limits(TOKENS, 2, 1), **split)
-    found = []
+    return device.build(node.spec, weights, cache, Limits(TOKENS, 2, 1), **split)
+
+
+def run(node, checkpoint, batches, device, reduce=None):
+    """Return a stage's outputs for one batch after another."""
+    stage, found = staged(node, checkpoint, device, reduce), []
     for meta, inputs in batches:
         stage.plan(meta)
         on_device = {n: device.from_host(x, node.spec.dtype) for n, x in inputs.items()}
@@ -275,3 +279,15 @@ def test_config_with_a_degree_that_cannot_be_is_refused_by_its_line(checkpoints)
         UnsupportedOp, match=r"roles\.a\.tp: 2 refused: reference on reference:0 cannot split "
         r"attention: it brings no collectives; allowed: 1"):  # fmt: skip
         resolve(read_config(values(checkpoint, "reference", 2), {}))
+
+
+@pytest.mark.parametrize("reduce", [None, lambda x: x])
+def test_a_stage_that_waits_for_other_ranks_is_never_captured(checkpoints, reduce):
+    pytest.importorskip("triton")
+    from step3_hetero.backends.cuda.graphs import GraphedStage
+
+    checkpoint, model = checkpoints["fp32", "mfa"]
+    device = devices("cuda")()
+    device.options["graphs"] = True  # the interpreter captures nothing, and refuses the option
+    stage = staged(ranks_of(model, "float32", MOE, 1)[0], checkpoint, device, reduce)
+    assert isinstance(stage.inner, GraphedStage) == (reduce is None)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from afd.in_step import Meeting
-from afd.test_tp_heads import MOE, given, ranks_of, run
+from afd.test_tp_heads import MOE, given, ranks_of, run, staged
 from oracle.random_checkpoint import write_checkpoint
 
+from step3_hetero.backends.torch_common.graphs import GraphedStage
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.model.config import ModelConfig
 
@@ -35,3 +36,14 @@ def test_ranks_agree_to_the_bit_and_are_the_stage(backend, tmp_path, dtype, grou
         for key in ("x", "u"):
             got, known = (x[key].astype(np.float64) for x in (mine, whole_s))
             assert np.abs(got - known).max() <= 4 * unit * np.abs(known).max()
+
+
+@pytest.mark.parametrize("reduce", [None, lambda x: x])
+def test_a_stage_that_waits_for_other_ranks_is_never_captured(backend, tmp_path, reduce):
+    folder = write_checkpoint(tmp_path, **SIZES)
+    model = ModelConfig.read(folder)
+    whole, _ = ranks_of(model, "bfloat16", MOE, 1)
+    device = backend.open(0)
+    device.graphs = True  # the stand-in captures nothing, and refuses the option
+    stage = staged(whole, Checkpoint.open(folder, model), device, reduce)
+    assert isinstance(stage, GraphedStage) == (reduce is None)
