@@ -92,11 +92,10 @@ def _heads_split(role: dict[str, Any]) -> str:
     """Say what each rank of an attention instance holds; empty if it is one process."""
     if not (split := role.get("heads_split")):
         return ""
-    kv = f"{split['kv_heads']} KV head{'s' * (split['kv_heads'] > 1)}"
     return (
-        f"role {role['role']}: each of {split['ranks']} ranks holds {split['heads']} query heads "
-        f"and {kv} of every attention, {human_bytes(split['weight_bytes'])} and the KV cache; rank "
-        f"0 holds the other stages too, {human_bytes(role['weight_bytes'])}"
+        f"role {role['role']}: each of {split['ranks']} ranks holds {split['heads']} of the query "
+        f"heads and {split['kv_heads']} of the KV heads, {human_bytes(split['weight_bytes'])} and "
+        f"the KV cache; rank 0 holds the other stages too, {human_bytes(role['weight_bytes'])}"
     )
 
 
