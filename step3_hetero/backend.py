@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from step3_hetero.collective import Collective as Collective
+from step3_hetero.collective import Reduce as Reduce
 from step3_hetero.collective import Rendezvous as Rendezvous
 from step3_hetero.errors import ConfigError, UnsupportedOp
 from step3_hetero.specs import (
@@ -286,11 +287,17 @@ class Device(ABC):
         weights: Mapping[str, Weights | Array],
         cache: KVCache | None,
         limits: Limits,
+        reduce: Reduce | None = None,
     ) -> Stage:
-        """Build one layer's stage. By default it is composed of this device's kernels."""
+        """Build one layer's stage. By default it is composed of this device's kernels.
+
+        ``reduce`` is given to an attention stage that holds some of the heads alone: it is called
+        with the output projection's result (tokens, hidden), before the residual is added. It waits
+        for other ranks and is no part of a captured graph. Backends without ``group`` never see it.
+        """
         from step3_hetero.composed import compose
 
-        return compose(self, spec, weights, cache, limits)
+        return compose(self, spec, weights, cache, limits, reduce)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return host memory from which copies to the device are fastest: pinned, if it matters."""
@@ -371,6 +378,10 @@ class Backend(ABC):
         Raises:
             PlacementError: ``card`` is not one of this backend's.
         """
+
+    def why_no_group(self, info: DeviceInfo) -> str | None:
+        """Say why such devices join no ``Device.group``, or None when they do. Pure."""
+        return "it brings no collectives"
 
     def version(self) -> str:
         """Return the version of the vendor's library, or why it is not known."""

@@ -6,10 +6,14 @@ Across vendors there is none: edges between roles go point to point (transport).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 Array = Any
+
+Reduce = Callable[[Array], Array]
+"""Returns the sum of every rank's array, the same bits on each: ``Collective.all_reduce``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from step3_hetero.backend import Array, BatchMeta, Device, KVCache, Stage, Weights
+from step3_hetero.backend import Array, BatchMeta, Device, KVCache, Reduce, Stage, Weights
 from step3_hetero.errors import UnsupportedOp
 from step3_hetero.specs import (
     AttentionSpec,
@@ -92,16 +92,19 @@ class Attention(ComposedStage):
         spec: AttentionSpec,
         weights: Mapping[str, Weights | Array],
         cache: KVCache,
+        reduce: Reduce | None = None,
     ) -> None:
         super().__init__(device, spec, weights)
         self.cache = cache
+        self.reduce = reduce
 
     def forward(self, inputs: Named) -> Named:
         """Return the residual x, the FFN's input u and, in a MoE layer, its routing."""
         s = self.spec
         x = self.op("add", inputs["x"], inputs["y"]) if s.adds else inputs["x"]
         h = self.op("rms_norm", x, self.w["input_norm"], eps=s.eps)
-        x = self.op("add", x, self.op("linear", self._mfa(h), self.w["o_proj"]))
+        attended = self.op("linear", self._mfa(h), self.w["o_proj"])
+        x = self.op("add", x, self.reduce(attended) if self.reduce else attended)
         u = self.op("rms_norm", x, self.w["post_norm"], eps=s.eps)
         return {"x": x, "u": u, **self._route(u)}
 
@@ -274,12 +277,13 @@ def compose(
     weights: Mapping[str, Weights | Array],
     cache: KVCache | None,
     limits: Limits,
+    reduce: Reduce | None = None,
 ) -> Stage:
     """Build a stage of the device's kernels; a batch-invariant one runs row by row."""
     if isinstance(spec, AttentionSpec):
         if cache is None:
             raise UnsupportedOp("an attention stage needs a KV cache; open_cache gives one")
-        return invariant(device, Attention(device, spec, weights, cache))
+        return invariant(device, Attention(device, spec, weights, cache, reduce))
     kinds: dict[str, type[ComposedStage]] = {
         "embed": Embed, "ffn": Ffn, "head": Head, "vision": Vision
     }  # fmt: skip

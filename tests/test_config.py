@@ -198,9 +198,6 @@ def test_value_that_needs_later_work_is_refused(read, old, new, want):
     [
         ("reference", "ep: 2\n    instances: 3",
          "run.yaml:12: roles.f.instances: 3 is no multiple of ep, which is 2"),
-        ("cpu", "tp: 2",
-         "run.yaml:7: roles.a.tp: 2 is not available yet with stages other than ffn; give those "
-         "another role"),
         ("cpu", "instances: 2\n    ep: 2",
          "run.yaml:8: roles.a.ep: 2 is not available yet with stages other than ffn; give those "
          "another role"),
@@ -209,6 +206,15 @@ def test_value_that_needs_later_work_is_refused(read, old, new, want):
 def test_only_whole_sets_of_a_role_of_ffn_alone_share_their_stages(read, backend, keys, want):
     text = RUN.replace(f"backend: {backend}\n", f"backend: {backend}\n    {keys}\n")
     assert message(read, text, "runtime.processes=per-role") == want
+
+
+def test_ranks_share_heads_or_ffn_and_nothing_else(read):
+    text = RUN.replace("vision, attention", "attention").replace("- ffn", "- ffn\n      - vision")
+    assert read(text, "runtime.processes=per-role", "roles.a.tp=2").roles["a"].tp == 2
+    assert message(read, text, "runtime.processes=per-role", "roles.f.tp=2") == (
+        "--set roles.f.tp=2: roles.f.tp: 2 is not available yet with stages other than ffn and "
+        "without attention; give those another role"
+    )
 
 
 @pytest.mark.parametrize(

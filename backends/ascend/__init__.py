@@ -89,6 +89,10 @@ class AscendBackend(Backend):
         found = cards.card_named(card)
         return _info("ascend:0", found, cards.MEMORY_BYTES, found.title)
 
+    def why_no_group(self, info: DeviceInfo) -> str | None:
+        """See ``Backend.why_no_group``: HCCL, never run on hardware; the stand-in has none."""
+        return "the host stand-in has no HCCL" if info.tier == "host stand-in" else None
+
     def version(self) -> str:
         """Return torch_npu's version."""
         return driver.library_version()

@@ -22,6 +22,7 @@ from step3_hetero.backend import (
     Kernel,
     KVCache,
     Memory,
+    Reduce,
     Rendezvous,
     Stage,
     Weights,
@@ -220,16 +221,17 @@ class AscendDevice(Device):
         weights: Mapping[str, Weights | Array],
         cache: KVCache | None,
         limits: Limits,
+        reduce: Reduce | None = None,
     ) -> Stage:
         """Build fused attention and FFN stages; the others are composed."""
         stage: AscendAttention | AscendFfn
         if isinstance(spec, AttentionSpec) and isinstance(cache, attention.AscendCache):
-            stage = AscendAttention(self, spec, weights, cache)
+            stage = AscendAttention(self, spec, weights, cache, reduce)
         elif isinstance(spec, FfnSpec):
             stage = AscendFfn(spec, weights)
         else:
-            return compose(self, spec, weights, cache, limits)
-        if self.graphs and not spec.batch_invariant:
+            return compose(self, spec, weights, cache, limits, reduce)
+        if self.graphs and not spec.batch_invariant and reduce is None:
             return graphed(stage, limits, self._decoding)
         return invariant(self, stage)
 

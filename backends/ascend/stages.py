@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from step3_hetero.backend import BatchMeta, Stage
+from step3_hetero.backend import BatchMeta, Reduce, Stage
 from step3_hetero.backends.ascend import attention as att
 from step3_hetero.backends.ascend import limits, moe, vendor
 from step3_hetero.backends.ascend.norm import rms_norm
@@ -39,6 +39,7 @@ class AscendAttention(Stage):
         spec: AttentionSpec,
         weights: Mapping[str, Any],
         cache: att.AscendCache,
+        reduce: Reduce | None = None,
     ) -> None:
         limits.positions(spec.max_positions - 1)
         if device.triton:
@@ -47,6 +48,7 @@ class AscendAttention(Stage):
         self.spec = spec
         self.w = weights
         self.cache = cache
+        self.reduce = reduce
         self.batch: att.Batch | None = None
 
     def plan(self, meta: BatchMeta) -> None:
@@ -61,7 +63,10 @@ class AscendAttention(Stage):
             h, x = _add_norm(x, inputs["y"], w["input_norm"], s.eps)
         else:
             h = rms_norm(x, w["input_norm"], eps=s.eps)
-        u, x = _add_norm(x, w["o_proj"](self._mfa(h)), w["post_norm"], s.eps)
+        attended = w["o_proj"](self._mfa(h))
+        if self.reduce is not None:
+            attended = self.reduce(attended)
+        u, x = _add_norm(x, attended, w["post_norm"], s.eps)
         return deliver({"x": x, "u": u, **self._route(u)}, out)
 
     def _mfa(self, h: Tensor) -> Tensor:

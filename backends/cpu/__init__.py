@@ -92,6 +92,9 @@ class CpuBackend(Backend):
             memory_domain="host",
         )
 
+    def why_no_group(self, info: DeviceInfo) -> None:
+        """See ``Backend.why_no_group``: groups run over gloo."""
+
     def version(self) -> str:
         """Return torch's version."""
         try:

@@ -19,6 +19,7 @@ from step3_hetero.backend import (
     Kernel,
     KVCache,
     Memory,
+    Reduce,
     Rendezvous,
     Stage,
     Weights,
@@ -138,11 +139,12 @@ class CpuDevice(Device):
         weights: Mapping[str, Weights | Array],
         cache: KVCache | None,
         limits: Limits,
+        reduce: Reduce | None = None,
     ) -> Stage:
         """Build fused attention and FFN stages; the others are composed."""
         _return_freed_memory()
         if isinstance(spec, AttentionSpec) and isinstance(cache, attention.CpuCache):
-            return invariant(self, CpuAttention(self, spec, weights, cache))
+            return invariant(self, CpuAttention(self, spec, weights, cache, reduce))
         if isinstance(spec, FfnSpec):
             return invariant(self, CpuFfn(spec, weights))
-        return compose(self, spec, weights, cache, limits)
+        return compose(self, spec, weights, cache, limits, reduce)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step3_hetero.backend import BatchMeta, Device, Stage
+from step3_hetero.backend import BatchMeta, Device, Reduce, Stage
 from step3_hetero.backends.cpu import attention as att
 from step3_hetero.backends.cpu import moe
 from step3_hetero.backends.cpu.norm import rms_norm
@@ -25,12 +25,18 @@ class CpuAttention(Stage):
     spec: AttentionSpec
 
     def __init__(
-        self, device: Device, spec: AttentionSpec, weights: Mapping[str, Any], cache: att.CpuCache
+        self,
+        device: Device,
+        spec: AttentionSpec,
+        weights: Mapping[str, Any],
+        cache: att.CpuCache,
+        reduce: Reduce | None = None,
     ) -> None:
         self.device = device
         self.spec = spec
         self.w = weights
         self.cache = cache
+        self.reduce = reduce
         self.batch: att.Batch | None = None
 
     def plan(self, meta: BatchMeta) -> None:
@@ -41,7 +47,8 @@ class CpuAttention(Stage):
         """See ``composed.Attention``."""
         s, w = self.spec, self.w
         x = inputs["x"] + inputs["y"] if s.adds else inputs["x"]
-        x = x + w["o_proj"](self._mfa(rms_norm(x, w["input_norm"], eps=s.eps)))
+        attended = w["o_proj"](self._mfa(rms_norm(x, w["input_norm"], eps=s.eps)))
+        x = x + (self.reduce(attended) if self.reduce else attended)
         u = rms_norm(x, w["post_norm"], eps=s.eps)
         return deliver({"x": x, "u": u, **self._route(u)}, out)
 

@@ -99,6 +99,9 @@ class CudaBackend(Backend):
 
         tune(path, progress)
 
+    def why_no_group(self, info: DeviceInfo) -> None:
+        """See ``Backend.why_no_group``: NCCL, never run on hardware; interpreted, gloo."""
+
     def version(self) -> str:
         """Return the versions of torch and Triton."""
         try:

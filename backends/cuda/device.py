@@ -23,6 +23,7 @@ from step3_hetero.backend import (
     Kernel,
     KVCache,
     Memory,
+    Reduce,
     Rendezvous,
     Stage,
     Weights,
@@ -223,9 +224,10 @@ class CudaDevice(Device):
         weights: Mapping[str, Weights | Array],
         cache: KVCache | None,
         limits: Limits,
+        reduce: Reduce | None = None,
     ) -> Stage:
         """Build fused attention and FFN stages; the others are composed."""
-        stage = self._build(spec, weights, cache, limits)
+        stage = self._build(spec, weights, cache, limits, reduce)
         if isinstance(stage, PerRow):  # only the interpreter claims invariance: no card's memory
             return stage
         return invariant(self, Watched(stage, stage_name(spec.kind, weights), self.place))
@@ -236,15 +238,16 @@ class CudaDevice(Device):
         weights: Mapping[str, Weights | Array],
         cache: KVCache | None,
         limits: Limits,
+        reduce: Reduce | None = None,
     ) -> Stage:
         stage: Stage
         if isinstance(spec, AttentionSpec) and isinstance(cache, attention.CudaCache):
-            stage = CudaAttention(self, spec, weights, cache)
+            stage = CudaAttention(self, spec, weights, cache, reduce)
         elif isinstance(spec, FfnSpec):
             stage = CudaFfn(spec, weights)
         else:
-            return compose(self, spec, weights, cache, limits)
-        if self.options["graphs"] and not spec.batch_invariant:
+            return compose(self, spec, weights, cache, limits, reduce)
+        if self.options["graphs"] and not spec.batch_invariant and reduce is None:
             return CudaGraphedStage(stage, limits, self.place, self._decoding)
         return stage
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step3_hetero.backend import BatchMeta, Device, Stage
+from step3_hetero.backend import BatchMeta, Device, Reduce, Stage
 from step3_hetero.backends.cuda import attention as att
 from step3_hetero.backends.cuda import moe
 from step3_hetero.backends.cuda.linear import linear
@@ -26,12 +26,18 @@ class CudaAttention(Stage):
     spec: AttentionSpec
 
     def __init__(
-        self, device: Device, spec: AttentionSpec, weights: Mapping[str, Any], cache: att.CudaCache
+        self,
+        device: Device,
+        spec: AttentionSpec,
+        weights: Mapping[str, Any],
+        cache: att.CudaCache,
+        reduce: Reduce | None = None,
     ) -> None:
         self.device = device
         self.spec = spec
         self.w = weights
         self.cache = cache
+        self.reduce = reduce
         self.batch: att.Batch | None = None
 
     def plan(self, meta: BatchMeta) -> None:
@@ -47,6 +53,8 @@ class CudaAttention(Stage):
         else:
             h = rms_norm(x, w["input_norm"], eps=s.eps)
         attended = linear(self._mfa(h), w["o_proj"])
+        if self.reduce is not None:
+            attended = self.reduce(attended)
         x, u = add_rms_norm(x, attended, w["post_norm"], eps=s.eps)
         return deliver({"x": x, "u": u, **self._route(u)}, out)
 

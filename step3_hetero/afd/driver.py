@@ -23,6 +23,7 @@ from step3_hetero.afd.messages import (
     whole_of,
 )
 from step3_hetero.afd.partials import added
+from step3_hetero.afd.ranks import Ranks
 from step3_hetero.afd.remote import Remote
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import IsOver
@@ -68,13 +69,20 @@ class Driver:
         a2f: Wire,
         f2a: Wire,
         number: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
+        """``number`` is the instance's; ``ranks`` are the others, where it has several."""
         self._number = number
+        self._ranks = ranks
+        self._held: deque[Message] = deque()
         self._role = role_of["embed"]
         self._program = program
         self._caches = caches
         self._role_of = role_of
         self._remotes = remotes
+        self._called: dict[str, Remote | Ranks] = dict(remotes)
+        if ranks is not None:
+            self._called[self._role] = ranks
         self._a2f = a2f
         self._f2a = f2a
         self._underway: dict[int, Underway] = {}
@@ -86,7 +94,7 @@ class Driver:
     def serve(self, front: Link, is_over: IsOver) -> None:
         """Serve until the front says stop or is gone, or ``is_over`` says so."""
         while not is_over([front], busy=bool(self._underway)):
-            links = [link for remote in self._remotes.values() for link in remote.links]
+            links = [link for called in self._called.values() for link in called.links]
             for link in self._awaited([front, *links]):
                 if link is front:
                     if not self._from_front(front):
@@ -95,8 +103,8 @@ class Driver:
                     self._from_remote(front, link)
             while self._answers:
                 self._resume(front, *self._answers.popleft())
-            for role, remote in self._remotes.items():
-                for number in remote.lost():
+            for role, called in self._called.items():
+                for number in called.lost():
                     front.post(Kind.LOST, said={"role": role, "instance": number})
 
     def _awaited(self, links: Sequence[Link]) -> list[Link]:
@@ -116,11 +124,17 @@ class Driver:
         if message.kind == Kind.STOP:
             return False
         with said_by("the front"):
-            self._obey(front, message)
+            if message.kind == Kind.PEERS:
+                for role, addresses in peers_of(message.said, self._called).items():
+                    self._called[role].point(addresses)
+            elif message.kind != Kind.BEAT:
+                self._held.append(message)
+            while self._held and (self._ranks is None or self._ranks.is_whole):
+                self._obey(front, self._held.popleft())
         return True
 
     def _obey(self, front: Link, message: Message) -> None:
-        """Do what the front says.
+        """Do what the front asks of the cache and the stages; all ranks are there.
 
         Raises:
             EdgeMismatch: it says nothing sensible.
@@ -133,13 +147,17 @@ class Driver:
             case Kind.FORGET:
                 self._program.forget_image(whole_of(message.said, "key"))
             case Kind.COPY:
+                blocks = min(cache.spec.blocks for cache in self._caches)
+                pairs = pairs_of(message.said, blocks)
+                if self._ranks is not None:
+                    self._ranks.copy(pairs)
                 for cache in self._caches:
-                    cache.copy_blocks(pairs_of(message.said, cache.spec.blocks))
-            case Kind.PEERS:
-                for role, addresses in peers_of(message.said, self._remotes).items():
-                    self._remotes[role].point(addresses)
+                    cache.copy_blocks(pairs)
 
     def _from_remote(self, front: Link, link: Link) -> None:
+        if self._ranks is not None and link in self._ranks.links:
+            self._ranks.read(link)
+            return
         remote = next((r for r in self._remotes.values() if link in r.links), None)
         if remote is None:  # dropped while an earlier link was read
             return

@@ -253,8 +253,8 @@ class ProcessExecutor(Executor):
         for leading in self._seats:
             if leading.member.leads and leading.is_ready:
                 leading.told(Kind.PEERS, 0, {"peers": self._seats.where()})
-        if seat.member.leads and seat.place is not None:
-            waiting = self._waiting[seat.place]
+        if seat.member.leads and seat.instance is not None:
+            waiting = self._waiting[seat.instance]
             while waiting:
                 seat.told(*waiting.popleft())
 
@@ -304,8 +304,8 @@ class ProcessExecutor(Executor):
         if handle.error is not None:
             raise handle.error
         self._give_up_for_good(seat, how, handle, was_ready)
-        if seat.member.leads and seat.place is not None:
-            self._lose(seat.place)
+        if seat.member.leads and seat.instance is not None:
+            self._lose(seat.instance)
         if (spare := self._seats.replaced(seat)) is not None:
             self._takes_place(spare)
         if seat.place is not None or seat.deaths <= MOST_DEATHS:

@@ -25,7 +25,7 @@ MOST_LINE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Member:
-    """One process of one role; ``leads``: it owns a cache and takes micro-batches.
+    """One process of one role; ``leads``: it takes micro-batches for its instance, as rank 0.
 
     ``number`` counts the ranks of all instances, then the spares: instance · tp + rank.
     """
@@ -33,6 +33,7 @@ class Member:
     role: str
     number: int
     leads: bool
+    tp: int = 1
 
     @property
     def name(self) -> str:

@@ -19,9 +19,11 @@ from step3_hetero.afd.launcher import Launcher, Launchers, Member
 from step3_hetero.afd.link import Link, limits
 from step3_hetero.afd.loglines import OnLine
 from step3_hetero.afd.members import cores_for, members
+from step3_hetero.afd.ranks import Reduction
 from step3_hetero.afd.role import Loaded, RoleProcessSettings, Tell, serve, stand
 from step3_hetero.afd.tls import transport_of
 from step3_hetero.afd.wire import Wire
+from step3_hetero.backend import Reduce
 from step3_hetero.config import Config
 from step3_hetero.emulate.asked import links_from
 from step3_hetero.model.ablate import Ablated
@@ -210,7 +212,9 @@ def serve_role(
         (stand if stands else serve)(
             settings,
             listener,
-            lambda: _load(process_of(resolved, name, number), name, source, tell),
+            lambda: _load(
+                process_of(resolved, name, number), name, source, tell, settings.reduction
+            ),
             drain,
             tell,
         )
@@ -251,21 +255,24 @@ def _settings(
         deadline_s=config.transport.deadline_s,
         a2f=Wire.of(config.transport.a2f_dtype),
         f2a=Wire.of(config.transport.f2a_dtype),
+        reduction=Reduction(number % me.tp, me.tp) if placement.roles[name].heads_split else None,
         key=shared_key(config),
         links=links_from(config, name),
     )
 
 
-def _load(resolved: Resolved, name: str, source: TensorSource, tell: Tell) -> Loaded:
+def _load(
+    resolved: Resolved, name: str, source: TensorSource, tell: Tell, reduce: Reduce | None
+) -> Loaded:
     placement, count = resolved.placement, itertools.count(1)
     devices = stage_devices(resolved, open_devices(resolved, [name]))
-    mine = {stage: d for stage, d in devices.items() if placement.role_of[stage] == name}
+    mine = {stage: devices[stage] for stage in placement.roles[name].stages}
 
     def on_stage(stage: str) -> None:
         tell(loaded=next(count))
 
     return load_stages(
-        resolved.graph, mine, source, placement.limits, placement.kv_blocks, on_stage
+        resolved.graph, mine, source, placement.limits, placement.kv_blocks, on_stage, reduce
     )
 
 

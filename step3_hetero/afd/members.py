@@ -26,11 +26,12 @@ def members(config: Config, placement: Placement) -> list[Member]:
                 f"{stage} in another process than embed (role {leading!r}) is not available yet; "
                 f"with processes: per-role one role has {stage_ranges(_kept(placement))}",
             )
-    return [
-        Member(name, number, name == leading)
-        for name in placement.roles
-        for number in range(config.roles[name].processes)
-    ]
+    found = []
+    for name in placement.roles:
+        tp = config.roles[name].tp
+        for number in range(config.roles[name].processes):
+            found.append(Member(name, number, name == leading and number % tp == 0, tp))
+    return found
 
 
 def _kept(placement: Placement) -> list[str]:

@@ -122,17 +122,17 @@ class Kind(IntEnum):
     READY = 5
     """A role: its stages are loaded."""
     BATCH = 6
-    """The front to attention: run a micro-batch."""
+    """The front to attention: run a micro-batch. Rank 0 to the others: where its tokens stand."""
     RESULT = 7
     """Attention to the front: what came of it."""
     CALL = 8
-    """Attention to another role: run one stage (A2F, or pixels)."""
+    """Attention to another role: run one stage (A2F, or pixels). Rank 0 to the others alike."""
     ANSWER = 9
     """Back: the stage's outputs (F2A, or image rows)."""
     FORGET = 10
     """The front: drop an image."""
     COPY = 11
-    """The front: copy KV blocks."""
+    """The front, and rank 0 to the others: copy KV blocks."""
     PEERS = 12
     """The front: where the instances of the other roles listen now."""
     BEAT = 13
@@ -149,18 +149,16 @@ class Kind(IntEnum):
     """A role, to all it knows: send me nothing more; I answer what is under way and end."""
     ECHO = 20
     """Whoever measures the way, to a role without a front, and back: the same bytes again."""
+    MEET = 21
+    """Rank 0 to the others: form a group."""
 
 
 def batch_parcel(batch: MicroBatch) -> tuple[Said, Arrays]:
     """Return a micro-batch as facts and arrays."""
-    meta, choice = batch.meta, batch.choice
+    choice = batch.choice
     arrays: Arrays = {
         "token_ids": batch.token_ids,
-        "positions": meta.positions,
-        "slots": meta.slots,
-        "query_starts": meta.query_starts,
-        "context_lens": meta.context_lens,
-        "block_tables": meta.block_tables,
+        **meta_arrays(batch.meta),
         "rows": batch.rows,
         "temperature": choice.temperature,
         "top_k": choice.top_k,
@@ -202,16 +200,9 @@ def batch_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> MicroB
             )
             for n, (key, start, stop, views) in enumerate(said["images"])
         )
-        meta = BatchMeta(
-            arrays["positions"],
-            arrays["slots"],
-            arrays["query_starts"],
-            arrays["context_lens"],
-            arrays["block_tables"],
-        )
         return MicroBatch(
             arrays["token_ids"],
-            meta,
+            meta_of(arrays),
             arrays["rows"],
             Choice(
                 arrays["temperature"],
@@ -226,6 +217,23 @@ def batch_of(said: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> MicroB
         )
     except (KeyError, ValueError, TypeError, OverflowError) as cause:
         raise EdgeMismatch(f"a micro-batch lacks {cause}") from cause
+
+
+META = ("positions", "slots", "query_starts", "context_lens", "block_tables")
+
+
+def meta_arrays(meta: BatchMeta) -> Arrays:
+    """Return where the tokens of a micro-batch stand, as arrays."""
+    return {name: getattr(meta, name) for name in META}
+
+
+def meta_of(arrays: Mapping[str, HostArray]) -> BatchMeta:
+    """Return what ``meta_arrays`` described.
+
+    Raises:
+        KeyError: something is missing.
+    """
+    return BatchMeta(*(arrays[name] for name in META))
 
 
 def result_parcel(result: BatchResult) -> tuple[Said, Arrays]:

@@ -176,6 +176,12 @@ def _check(config: Config, stands: bool) -> None:
             "transport.kind", f"{config.transport.kind!r} refused with --launcher ray; use tcp"
         )
     for name, role in config.roles.items():
+        if role.tp > 1 and any(s.kind == "attention" for s in role.selectors):
+            raise config.error(
+                f"roles.{name}.tp",
+                f"{role.tp} of attention refused with --launcher ray, which spreads roles over "
+                "nodes; allowed: 1, or ranks on one machine by another launcher",
+            )
         if role.devices is not None:
             raise config.error(
                 f"roles.{name}.devices", "refused with --launcher ray, which chooses the cards"

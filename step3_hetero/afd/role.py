@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from step3_hetero.afd.contract import Contract
@@ -11,13 +11,15 @@ from step3_hetero.afd.doorman import Doorman
 from step3_hetero.afd.drain import Drain, Service
 from step3_hetero.afd.driver import Driver
 from step3_hetero.afd.emulated import over
+from step3_hetero.afd.follower import Follower
 from step3_hetero.afd.greeting import say_hello, take_agreed
 from step3_hetero.afd.launcher import START_S
 from step3_hetero.afd.link import SEND_DEADLINE_S, Heart, Link
 from step3_hetero.afd.messages import Kind
-from step3_hetero.afd.remote import Remote
+from step3_hetero.afd.ranks import LedStage, Ranks, Reduction
+from step3_hetero.afd.remote import Connect, Remote
 from step3_hetero.afd.wire import Wire
-from step3_hetero.afd.worker import Worker
+from step3_hetero.afd.worker import Greet, Worker
 from step3_hetero.backend import KVCache
 from step3_hetero.emulate.link import Link as EmulatedLink
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
@@ -56,8 +58,15 @@ class RoleProcessSettings:
     deadline_s: float
     a2f: Wire
     f2a: Wire
+    reduction: Reduction | None = None
+    """Of one of several ranks of an attention instance."""
     key: bytes | None = None
     links: Mapping[str, EmulatedLink] = field(default_factory=dict)
+
+    @property
+    def instance(self) -> int:
+        """Return which instance of its role it belongs to."""
+        return self.number // (self.reduction.size if self.reduction else 1)
 
     @property
     def label(self) -> str:
@@ -164,8 +173,29 @@ def _serve_front(
             heart.watch(link)
         return link
 
+    if settings.reduction is not None:
+        _follow(settings, front, doorman, loaded, service, greet)
+        return
     worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.tokens, timeline, clock)
     worker.serve(front, doorman, greet, service.is_over)
+
+
+def _follow(
+    settings: RoleProcessSettings,
+    front: Link,
+    doorman: Doorman,
+    loaded: Loaded,
+    service: Service,
+    greet: Greet,
+) -> None:
+    reduction = settings.reduction
+    assert reduction is not None, "a rank that follows is one of several"
+    leader = f"{settings.name}:{settings.number - reduction.rank}"
+    follower = Follower(*loaded, reduction, leader)
+    try:
+        follower.serve(front, doorman, greet, service.is_over)
+    finally:
+        follower.close()
 
 
 def _agree_with(settings: RoleProcessSettings, link: Link, name: str, address: str) -> None:
@@ -201,18 +231,38 @@ def _lead(
         return link
 
     stages, caches = loaded
+    ranks = _other_ranks(settings, stages, connect)
+    if ranks is not None:
+        stages = {name: _led(stage, ranks) for name, stage in stages.items()}
     program = Program(settings.graph, stages, clock, timeline=timeline)
     elsewhere = sorted(set(settings.role_of.values()) - {settings.name})
+    number = settings.instance
     remotes = {
-        role: Remote(role, settings.number, connect, settings.deadline_s, settings.set_of[role])
+        role: Remote(role, number, connect, settings.deadline_s, settings.set_of[role])
         for role in elsewhere
     }
     driver = Driver(
-        program, caches, settings.role_of, remotes, settings.a2f, settings.f2a, settings.number
+        program, caches, settings.role_of, remotes, settings.a2f, settings.f2a, number, ranks
     )
     try:
         driver.serve(front, service.is_over)
         front.flush(SEND_DEADLINE_S)
     finally:
+        if ranks is not None:
+            ranks.close()
         for remote in remotes.values():
             remote.close()
+
+
+def _other_ranks(
+    settings: RoleProcessSettings, stages: Mapping[str, LoadedStage], connect: Connect
+) -> Ranks | None:
+    if settings.reduction is None:
+        return None
+    attention = [stage for stage in stages.values() if stage.node.kind == "attention"]
+    return Ranks(settings.name, settings.number, settings.reduction, connect, attention)
+
+
+def _led(loaded: LoadedStage, ranks: Ranks) -> LoadedStage:
+    led = loaded.node.kind == "attention"
+    return replace(loaded, stage=LedStage(loaded, ranks)) if led else loaded

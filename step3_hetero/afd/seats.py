@@ -50,6 +50,11 @@ class Seat:
     said_it_leaves: bool = False
 
     @property
+    def instance(self) -> int | None:
+        """Return which instance of its role it does work of; None: a spare."""
+        return None if self.place is None else self.place // self.member.tp
+
+    @property
     def is_ready(self) -> bool:
         """Say whether it takes work."""
         return self.state is State.READY
@@ -126,16 +131,16 @@ class Seats:
     def __iter__(self) -> Iterator[Seat]:
         return iter(self.all)
 
-    def leading(self, place: int) -> Seat:
-        """Return the seat of an attention instance."""
-        return next(s for s in self.all if s.member.leads and s.place == place)
+    def leading(self, instance: int) -> Seat:
+        """Return the seat of an attention instance: its rank 0."""
+        return next(s for s in self.all if s.member.leads and s.instance == instance)
 
     def at(self, role: str, place: int) -> Seat | None:
         """Return the seat that does the work of an instance of a role."""
         return next((s for s in self.all if (s.member.role, s.place) == (role, place)), None)
 
     def where(self) -> dict[str, dict[int, str]]:
-        """Return where the instances of roles that are called listen now."""
+        """Return where the processes that are called listen now."""
         peers: dict[str, dict[int, str]] = {}
         for seat in self.all:
             if seat.is_ready and not seat.member.leads and seat.place is not None:

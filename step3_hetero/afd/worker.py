@@ -6,6 +6,7 @@ A member of a set holds a share of each FFN, and answers its partial sums.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -42,32 +43,18 @@ MOST_WHY = 2000
 """Characters of an answer that refuses: what a caller said may come back in it."""
 
 
-class Worker:
-    """Answers calls of any number of attention instances until the front says stop or is gone."""
+class Called(ABC):
+    """Does what its callers say until the front says stop or is gone."""
 
-    def __init__(
-        self,
-        stages: Mapping[str, LoadedStage],
-        a2f: Wire,
-        f2a: Wire,
-        tokens: int,
-        timeline: Timeline | None = None,
-        clock: StageClock | None = None,
-    ) -> None:
-        """``clock`` counts the runs of stages, by role and kind."""
-        self._timeline = timeline
-        self._clock = StageClock() if clock is None else clock
-        self._idle_since: float | None = None
-        self._sent_s = 0.0
-        self._stages = stages
-        self._a2f = a2f
-        self._f2a = f2a
-        self._tokens = tokens
+    @property
+    def is_busy(self) -> bool:
+        """Say whether something that a caller began is not at its end."""
+        return False
 
     def serve(self, front: Link, door: Door, greet: Greet, is_over: IsOver) -> None:
         """Serve until told to stop. ``door`` is ready to read when somebody can be greeted."""
         links: list[Link] = []
-        while not is_over([front, *links]):
+        while not is_over([front, *links], busy=self.is_busy):
             for one in ready([front, door, *links], TICK_S):
                 if one is front:
                     if not self._from_front(front):
@@ -87,12 +74,43 @@ class Worker:
             return False
 
     def _from_caller(self, link: Link) -> bool:
-        """Read and answer one message; say whether the caller is still there."""
+        """Take one message; say whether the caller is still there."""
         try:
             self._take(link)
         except GONE:
             return False
         return True
+
+    @abstractmethod
+    def _take(self, link: Link) -> None:
+        """Read one message of a caller and do what it says.
+
+        Raises:
+            RoleLost, TransportTimeout: the caller is gone, or is to be.
+        """
+
+
+class Worker(Called):
+    """Answers calls of any number of attention instances."""
+
+    def __init__(
+        self,
+        stages: Mapping[str, LoadedStage],
+        a2f: Wire,
+        f2a: Wire,
+        tokens: int,
+        timeline: Timeline | None = None,
+        clock: StageClock | None = None,
+    ) -> None:
+        """``clock`` counts the runs of stages, by role and kind."""
+        self._timeline = timeline
+        self._clock = StageClock() if clock is None else clock
+        self._idle_since: float | None = None
+        self._sent_s = 0.0
+        self._stages = stages
+        self._a2f = a2f
+        self._f2a = f2a
+        self._tokens = tokens
 
     def _take(self, link: Link) -> None:
         start = time.monotonic()

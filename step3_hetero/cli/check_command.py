@@ -54,7 +54,7 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
     _print_crossing(report)
     click.echo(f"KV cache: {report['kv_blocks']} blocks of 128 tokens in every layer")
     for role in report["roles"]:
-        for said in filter(None, (_emulated(role), _requantised(role))):
+        for said in filter(None, (_emulated(role), _heads_split(role), _requantised(role))):
             click.echo(f"note: {said}")
     for said in report["overfull"]:
         click.echo(f"note: does not fit: {said}")
@@ -85,6 +85,17 @@ def _emulated(role: dict[str, Any]) -> str:
     return (
         f"role {role['role']}: {', '.join([role['device'], *told])}; dtypes and memory are the "
         "card's, the arithmetic is the host's"
+    )
+
+
+def _heads_split(role: dict[str, Any]) -> str:
+    """Say what each rank of an attention instance holds; empty if it is one process."""
+    if not (split := role.get("heads_split")):
+        return ""
+    return (
+        f"role {role['role']}: each of {split['ranks']} ranks holds {split['heads']} of the query "
+        f"heads and {split['kv_heads']} of the KV heads, {human_bytes(split['weight_bytes'])} and "
+        f"the KV cache; rank 0 holds the other stages too, {human_bytes(role['weight_bytes'])}"
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from step3_hetero.config.degrees import degree_problems
 from step3_hetero.config.document import Document, Problem, refuse, shown
 from step3_hetero.config.explain import ABOUT_KEY, WHOLE, problems_of
 from step3_hetero.config.selectors import Selector, assign_stages, parse_selector
@@ -320,17 +321,8 @@ class Config(_Section):
                     use = " or ".join(map(shown, values))
                     said = f"{prefix}.{key}: {shown(value)} is not available yet; use {use}"
                     yield Problem(place, said)
-        for name, role in self.roles.items():
-            if role.instances % role.ep:
-                place = self._document.place(("roles", name, "instances"))
-                message = f"roles.{name}.instances: {role.instances} is no multiple of ep"
-                yield Problem(place, f"{message}, which is {role.ep}")
-            shares = [key for key in ("tp", "ep") if getattr(role, key) > 1]
-            for degree in shares if any(s.kind != "ffn" for s in role.selectors) else ():
-                message = f"roles.{name}.{degree}: {getattr(role, degree)} is not available yet"
-                place = self._document.place(["roles", name, degree])
-                why = "with stages other than ffn; give those another role"
-                yield Problem(place, f"{message} {why}")
+        for name in self.roles:
+            yield from degree_problems(self, name, self._document)
 
     def _conflicts(self) -> Iterator[Problem]:
         """Yield what is wrong between keys, or between a key and the disk."""

@@ -22,6 +22,7 @@ from step3_hetero.backend import (
     Kernel,
     KVCache,
     Memory,
+    Reduce,
     Rendezvous,
     Stage,
     Weights,
@@ -115,9 +116,10 @@ class EmulatedDevice(Device):
         weights: Mapping[str, Weights | Array],
         cache: KVCache | None,
         limits: Limits,
+        reduce: Reduce | None = None,
     ) -> Stage:
         """Build the host's stage, slowed if so asked."""
-        stage = self.inner.build(spec, weights, cache, limits)
+        stage = self.inner.build(spec, weights, cache, limits, reduce)
         return SlowStage(stage, self.card.asked.slow) if self.card.asked.slow > 1 else stage
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:

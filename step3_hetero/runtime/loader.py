@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from step3_hetero.backend import Array, Device, KVCache, Weights
+from step3_hetero.backend import Array, Device, KVCache, Reduce, Weights
 from step3_hetero.errors import PlacementError
 from step3_hetero.graph import GraphStage, Param, StageGraph
 from step3_hetero.runtime.executor import LoadedStage
@@ -23,10 +23,12 @@ def load_stages(
     limits: Limits,
     kv_blocks: int,
     on_stage: OnStage | None = None,
+    reduce: Reduce | None = None,
 ) -> tuple[dict[str, LoadedStage], list[KVCache]]:
     """Load the stages of ``graph`` that have a device here.
 
-    ``devices`` gives, by stage, the role's name, the device and the weight format.
+    ``devices`` gives, by stage, the role's name, the device and the weight format. ``reduce`` adds
+    up what the ranks of an attention instance make of their heads.
 
     Raises:
         CheckpointError: a weight is not finite.
@@ -45,7 +47,8 @@ def load_stages(
         except PlacementError as full:
             raise PlacementError(f"role {role}, stage {node.name}: {full}") from full
         caches += [cache] if cache else []
-        stage = device.build(node.spec, weights, cache, limits)
+        split = {"reduce": reduce} if reduce is not None and node.kind == "attention" else {}
+        stage = device.build(node.spec, weights, cache, limits, **split)
         loaded[node.name] = LoadedStage(node, stage, device, role, cache)
         if on_stage is not None:
             on_stage(node.name)

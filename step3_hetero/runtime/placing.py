@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from step3_hetero.emulate.asked import emulated_card
 from step3_hetero.emulate.card import EmulatedCard
 from step3_hetero.errors import PlacementError, UnsupportedOp
 from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
-from step3_hetero.graph.sharding import process_stage
+from step3_hetero.graph.sharding import role_stages
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.blocks import blocks_for
+from step3_hetero.runtime.heads import HeadsSplit, heads_split
 from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits, itemsize, weight_bytes
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64", "fp8": "float8_e4m3fn"}
@@ -91,6 +92,7 @@ class RolePlan:
     instances: int = 1
     ep: int = 1
     tp: int = 1
+    heads_split: HeadsSplit | None = None
 
     @property
     def sharers(self) -> int:
@@ -148,6 +150,7 @@ class Placement:
                     "tp": r.tp,
                     "weights": r.weight_format,
                     "weight_bytes": r.weight_bytes,
+                    "heads_split": asdict(r.heads_split) if r.heads_split else None,
                     "requantised": r.requantised.to_json() if r.requantised else None,
                     "kv_bytes": r.kv_bytes_per_block * self.kv_blocks,
                     "memory_bytes": r.info.memory_bytes,
@@ -225,9 +228,8 @@ def _role_plan(
     card = emulated_card(config, name, backend)
     info = card.info(backend.reference_info(None)) if card else backend.reference_info(role.card)
     try:
-        for stage in stages:
-            process_stage(stage, model, role.ep * role.tp - 1, role.ep, role.tp)
-        stages = [process_stage(s, model, 0, role.ep, role.tp) for s in stages]
+        last = role_stages(stages, model, role.ep * role.tp - 1, role.ep, role.tp)
+        stages = role_stages(stages, model, 0, role.ep, role.tp)
     except PlacementError as cause:
         raise config.error(f"roles.{name}.{'ep' if role.ep > 1 else 'tp'}", str(cause)) from cause
     plan = RolePlan(
@@ -245,6 +247,7 @@ def _role_plan(
         role.instances,
         role.ep,
         role.tp,
+        heads_split(last, role.tp, sum(_stage_bytes(s, weight_format) for s in last)),
     )
     check_supported(config, plan, stages)
     return plan

@@ -13,10 +13,11 @@ from step3_hetero.config import Config
 from step3_hetero.emulate.device import EmulatedDevice
 from step3_hetero.errors import BackendNotFound, ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.graph import StageGraph, build_graph
-from step3_hetero.graph.sharding import process_stage
+from step3_hetero.graph.sharding import role_stages
 from step3_hetero.model.config import FAMILIES, ModelConfig
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.edges import check_edges
+from step3_hetero.runtime.heads import check_groups
 from step3_hetero.runtime.placing import (
     DTYPE,
     KV_DTYPE,
@@ -70,6 +71,7 @@ def resolve(config: Config, model: ModelConfig | None = None) -> Resolved:
     _check_shadow(config, graph)
     placement = place(config, model, graph)
     check_sums(config, placement)
+    check_groups(config, placement)
     check_edges(config, placement)
     return Resolved(config, model, graph, placement)
 
@@ -161,16 +163,18 @@ def model_config(config: Config) -> ModelConfig:
 def process_of(resolved: Resolved, name: str, number: int) -> Resolved:
     """Return a config as one process of a role sees it: its share of the stages, its own device.
 
+    Of a role's stages the plan of the process names those that it holds.
+
     Of devices that are not named, processes take those there are from 0 on, in turn.
     """
     role, planned = resolved.config.roles[name], resolved.placement.roles[name]
-    role_of, model = resolved.placement.role_of, resolved.model
-    stages = tuple(
-        process_stage(s, model, number, role.ep, role.tp) if role_of[s.name] == name else s
-        for s in resolved.graph.stages
-    )
+    role_of, every = resolved.placement.role_of, resolved.graph.stages
+    whole = [s for s in every if role_of[s.name] == name]
+    held = role_stages(whole, resolved.model, number, role.ep, role.tp)
+    shares = {s.name: s for s in held}
+    stages = tuple(shares.get(s.name, s) for s in every)
     there = role.devices or range(max(1, len(planned.backend.devices())))
-    mine = replace(planned, index=there[number % len(there)])
+    mine = replace(planned, index=there[number % len(there)], stages=tuple(shares))
     graph = replace(resolved.graph, stages=stages)
     roles = {**resolved.placement.roles, name: mine}
     placement = replace(resolved.placement, graph=graph, roles=roles)

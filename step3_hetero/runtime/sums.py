@@ -17,8 +17,8 @@ def check_sums(config: Config, placement: Placement) -> None:
     spec = placement.graph.by_name["embed"].spec
     leading = placement.roles[placement.role_of["embed"]]
     adds = OpSpec("add", wide(spec.dtype), {"hidden": spec.hidden})
-    for role in placement.roles.values():
-        if role.sharers > 1 and (reason := leading.backend.supports(leading.info, adds)):
+    for role in (r for r in placement.roles.values() if r.sharers > 1 and not r.heads_split):
+        if reason := leading.backend.supports(leading.info, adds):
             raise UnsupportedOp(
                 f"{config.where(f'roles.{role.name}')}: roles.{role.name}: {leading.backend.name} "
                 f"of role {leading.name!r} cannot add up partial sums: {adds}: {reason}"

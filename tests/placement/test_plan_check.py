@@ -66,8 +66,9 @@ def test_check_accepts_what_plan_writes(written):
     assert {e["sent_bytes_per_token"] / e["bytes_per_token"] for e in found["crossing"]} == {
         f["tp"] * f["ep"]
     }
-    assert any(f"a.tp: {a['tp']} is not available yet" in said for said in found["not_run_yet"])
-    assert f["tp"] > 1 and f["ep"] > 1 and "roles.f" not in str(found["not_run_yet"])
+    assert a["tp"] > 1 and f["tp"] > 1 and f["ep"] > 1
+    (said,) = found["not_run_yet"]  # no degree: attention is split over ranks, too
+    assert said.startswith("roles.a.weights: 'fp8' is not available yet")
 
 
 def test_colocated_plan_is_accepted_too(tmp_path):

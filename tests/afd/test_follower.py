@@ -1,0 +1,208 @@
+"""A rank that follows, and one that leads, told step by step: whom they obey, and when."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from step3_hetero.afd.driver import Driver
+from step3_hetero.afd.follower import Follower
+from step3_hetero.afd.link import Message
+from step3_hetero.afd.messages import Kind, batch_parcel, meta_arrays
+from step3_hetero.afd.ranks import Reduction
+from step3_hetero.afd.wire import Wire
+from step3_hetero.backend import BatchMeta
+from step3_hetero.errors import RoleLost
+from step3_hetero.graph import build_graph
+from step3_hetero.model.config import step3
+from step3_hetero.registry import get_backend
+from step3_hetero.runtime.executor import LoadedStage
+from step3_hetero.runtime.microbatch import Choice, MicroBatch
+
+GRAPH = build_graph(step3(), dtype="float32")
+HIDDEN = GRAPH.by_name["head"].spec.hidden
+META = BatchMeta(np.zeros(2, np.int32), np.arange(2, dtype=np.int32), np.array([0, 2], np.int32),
+                 np.array([2], np.int32), np.zeros((1, 1), np.int32))  # fmt: skip
+STAGES = ("attention[0]", "attention[1]")
+MEET = {"address": "127.0.0.1:9", "epoch": 1}
+
+
+class Group(Reduction):
+    """Notes when it is joined and left."""
+
+    def __init__(self):
+        super().__init__(1, 2)
+        self.heard = []
+
+    def join(self, device, address, epoch):
+        self.heard.append((address, epoch))
+
+    def leave(self):
+        self.heard.append("left")
+
+
+class Noting:
+    """A stage that notes what it gets, and adds one to the residual."""
+
+    def __init__(self):
+        self.given = []
+
+    def plan(self, meta):
+        self.meta = meta
+
+    def run(self, inputs, out=None):
+        self.given.append(inputs)
+        return {"x": inputs["x"] + 1}
+
+
+class Rank0:
+    """A link whose messages the test gives."""
+
+    def __init__(self, name="a:0"):
+        self.name = name
+        self.messages = []
+
+    def receive(self, deadline_s):
+        message = self.messages.pop(0)
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+
+def rows(value=0.0, count=2, dtype=np.float32):
+    return np.full((count, HIDDEN), value, dtype)
+
+
+@pytest.fixture
+def follower():
+    device = get_backend("reference").open(0)
+    stages = {n: LoadedStage(GRAPH.by_name[n], Noting(), device, "a") for n in STAGES}
+    copied = SimpleNamespace(pairs=[])
+    copied.copy_blocks = copied.pairs.extend
+    made = Follower(stages, [copied], Group(), "a:0")
+    made.copied, made.stages, made.group = copied.pairs, stages, made._reduction
+    return made
+
+
+def tell(follower, link, kind, seq=0, said=None, arrays=None):
+    """Give a message; say whether the link stays."""
+    link.messages.append(Message(kind, 0, seq, said or {}, arrays or {}))
+    return follower._from_caller(link)
+
+
+def met(follower):
+    link = Rank0()
+    assert tell(follower, link, Kind.MEET, 0, MEET)
+    return link
+
+
+def test_two_micro_batches_side_by_side_each_keep_their_residual(follower):
+    link = met(follower)
+    for seq in (1, 2):
+        assert tell(follower, link, Kind.BATCH, seq, arrays=meta_arrays(META))
+        assert tell(follower, link, Kind.CALL, seq, {"stage": STAGES[0]}, {"x": rows(10 * seq)})
+    assert follower.is_busy
+    for seq in (2, 1):
+        assert tell(follower, link, Kind.CALL, seq, {"stage": STAGES[1]}, {"y": rows(0.5)})
+    assert [g["x"][0, 0] for g in follower.stages[STAGES[1]].stage.given] == [21, 11]
+    assert all((g["y"] == 0.5).all() for g in follower.stages[STAGES[1]].stage.given)
+    assert not follower.is_busy
+    assert tell(follower, link, Kind.COPY, 0, {"pairs": [[0, 1], [1, 2]]})
+    assert follower.copied == [(0, 1), (1, 2)]
+
+
+def test_what_a_lost_leader_had_under_way_is_forgotten_and_the_group_left(follower):
+    link = met(follower)
+    assert tell(follower, link, Kind.BATCH, 1, arrays=meta_arrays(META))
+    link.messages.append(RoleLost("gone"))
+    assert not follower._from_caller(link)
+    assert not follower.is_busy
+    assert follower.group.heard == ["left", ("127.0.0.1:9", 1), "left"]
+    again = met(follower)
+    assert not tell(follower, again, Kind.CALL, 1, {"stage": STAGES[0]}, {"x": rows()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "arrays"),
+    [
+        (Kind.CALL, {"stage": "attention[9]"}, {"x": rows()}),
+        (Kind.CALL, {"stage": STAGES[0]}, {"x": rows(count=3)}),
+        (Kind.CALL, {"stage": STAGES[0]}, {"x": rows(dtype=np.float64)}),
+        (Kind.CALL, {"stage": STAGES[0]}, {"y": rows()}),
+        (Kind.CALL, {"stage": STAGES[1]}, {"y": rows()}),
+        (Kind.CALL, {}, {"x": rows()}),
+        (Kind.BATCH, {}, {"positions": META.positions}),
+        (Kind.COPY, {"pairs": [[1]]}, {}),
+        (Kind.COPY, {}, {}),
+        (Kind.MEET, {"address": "127.0.0.1:9"}, {}),
+        (Kind.FORGET, {}, {}),
+    ],
+)
+def test_a_leader_that_says_what_cannot_be_is_let_go(follower, kind, said, arrays):
+    link = met(follower)
+    assert tell(follower, link, Kind.BATCH, 1, arrays=meta_arrays(META))
+    assert not tell(follower, link, kind, 1, said, arrays)
+    assert not any(s.stage.given for s in follower.stages.values())
+    assert follower.group.heard[-1] == "left"
+
+
+def test_nobody_but_its_rank_0_is_obeyed(follower):
+    link, other = met(follower), Rank0("a:2")
+    assert not tell(follower, other, Kind.MEET, 0, MEET | {"epoch": 5})
+    assert not tell(follower, Rank0(), Kind.BATCH, 1, arrays=meta_arrays(META))
+    assert tell(follower, link, Kind.BEAT) and tell(follower, other, Kind.BEAT)
+    assert follower.group.heard == ["left", ("127.0.0.1:9", 1)]
+    assert tell(follower, link, Kind.BATCH, 1, arrays=meta_arrays(META))
+
+
+class Others:
+    """The other ranks as a driver sees them, whole once the test says so."""
+
+    def __init__(self):
+        self.is_whole = False
+        self.links, self.copied = [], []
+
+    def point(self, addresses):
+        self.is_whole = 1 in addresses
+
+    def copy(self, pairs):
+        self.copied += pairs
+
+    def lost(self):
+        return []
+
+
+def test_a_leader_begins_nothing_before_its_ranks_are_there_and_then_in_order():
+    heard, cache = [], SimpleNamespace(copy_blocks=lambda pairs: heard.append("copy"))
+
+    def passing():
+        heard.append("batch")
+        yield SimpleNamespace(node=GRAPH.by_name["ffn[4]"], inputs={})
+
+    program = SimpleNamespace(
+        run=lambda batch: passing(), timeline=None, home=None,
+        clock=SimpleNamespace(add=lambda *a: None),
+        forget_image=lambda key: heard.append("forget"),
+    )  # fmt: skip
+    asked = SimpleNamespace(links=[], lost=list, call=lambda *a: [])
+    ranks, front = Others(), Rank0("front")
+    driver = Driver(program, [cache], {"embed": "a", "ffn[4]": "f"}, {"f": asked}, Wire(), Wire(),
+                    0, ranks)  # fmt: skip
+    asked.point = lambda addresses: None
+    one = np.zeros(1, np.float32)
+    batch = MicroBatch(META.positions, META, META.positions[:1], Choice(one, one, one, one, -1),
+                       [None])  # fmt: skip
+    said, arrays = batch_parcel(batch)
+    peers = [{"f": {"0": "x"}}, {"f": {"0": "x"}, "a": {"1": "y"}}]
+    front.messages = [
+        Message(Kind.PEERS, 0, 0, {"peers": peers[0]}, {}),
+        Message(Kind.COPY, 0, 0, {"pairs": [[0, 1]]}, {}),
+        Message(Kind.BATCH, 0, 1, said, arrays),
+        Message(Kind.FORGET, 0, 0, {"key": 3}, {}),
+    ]
+    for _ in range(4):
+        assert driver._from_front(front)
+    assert heard == []
+    front.messages = [Message(Kind.PEERS, 0, 0, {"peers": peers[1]}, {})]
+    assert driver._from_front(front)
+    assert heard == ["copy", "batch", "forget"] and ranks.copied == [(0, 1)]
