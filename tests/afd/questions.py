@@ -21,8 +21,11 @@ def split(attention, ffn, ep, tp=1, **more):
     return {**APART, **instances, "roles__f__ep": ep, "roles__f__tp": tp, **more}
 
 
-def answers(count=6, disturb=None, **overrides):
-    """Return each answer's tokens and two best log-probabilities; every other one is sampled."""
+def answers(count=6, disturb=None, ended=None, **overrides):
+    """Return each answer's tokens and two best log-probabilities; every other one is sampled.
+
+    ``disturb`` meets the executor at work, ``ended`` once all is answered.
+    """
     asked = [
         Request(
             "which digit is this ?",
@@ -35,6 +38,8 @@ def answers(count=6, disturb=None, **overrides):
         if disturb is not None:
             threading.Timer(0.3, disturb, [engine.executor]).start()
         done = engine.generate_all(asked)
+        if ended is not None:
+            ended(engine.executor)
         assert engine.lanes.free_blocks == engine.executor.kv_blocks * engine.executor.instances
     return [(c.token_ids, c.logprobs) for c in done]
 
