@@ -45,8 +45,11 @@ def under_way(disturb, *args):
             thread.join()
 
 
-def answers(count=6, disturb=None, **overrides):
-    """Return each answer's tokens and two best log-probabilities; every other one is sampled."""
+def answers(count=6, disturb=None, ended=None, **overrides):
+    """Return each answer's tokens and two best log-probabilities; every other one is sampled.
+
+    ``disturb`` meets the executor at work, ``ended`` once all is answered.
+    """
     asked = [
         Request(
             "which digit is this ?",
@@ -57,6 +60,8 @@ def answers(count=6, disturb=None, **overrides):
     ]
     with load(DIGITS, **overrides) as engine, under_way(disturb, engine.executor) as tick:
         done = engine.generate_all(asked, on_progress=tick)
+        if ended is not None:
+            ended(engine.executor)
         assert engine.lanes.free_blocks == engine.executor.kv_blocks * engine.executor.instances
     return [(c.token_ids, c.logprobs) for c in done]
 

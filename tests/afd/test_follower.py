@@ -8,16 +8,18 @@ import pytest
 from step3_hetero.afd.driver import Driver
 from step3_hetero.afd.follower import Follower
 from step3_hetero.afd.link import Message
+from step3_hetero.afd.messages import META as META_NAMES
 from step3_hetero.afd.messages import Kind, batch_parcel, meta_arrays
-from step3_hetero.afd.ranks import Reduction
+from step3_hetero.afd.ranks import Ranks, Reduction
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import BatchMeta
-from step3_hetero.errors import RoleLost
+from step3_hetero.errors import RoleLost, TransportTimeout
 from step3_hetero.graph import build_graph
 from step3_hetero.model.config import step3
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.microbatch import Choice, MicroBatch
+from step3_hetero.transport.base import CorruptFrame
 
 GRAPH = build_graph(step3(), dtype="float32")
 HIDDEN = GRAPH.by_name["head"].spec.hidden
@@ -206,3 +208,72 @@ def test_a_leader_begins_nothing_before_its_ranks_are_there_and_then_in_order():
     front.messages = [Message(Kind.PEERS, 0, 0, {"peers": peers[1]}, {})]
     assert driver._from_front(front)
     assert heard == ["copy", "batch", "forget"] and ranks.copied == [(0, 1)]
+
+
+class Told(Rank0):
+    """A link that keeps what is posted."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.posted = []
+
+    def post(self, kind, seq=0, said=None, arrays=None):
+        self.posted.append((kind, seq, dict(said or {}), sorted(arrays or ())))
+
+    def close(self):
+        self.posted.append("closed")
+
+
+@pytest.fixture
+def ranks(follower):
+    """Return a rank 0 of three, the group that it forms, and what becomes of its links."""
+    group, links = Group(), {}
+    group.rank, group.size = 0, 3
+
+    def connect(name, address):
+        if address == "nobody":
+            raise TransportTimeout("nobody there")
+        links[name] = Told(name)
+        return links[name]
+
+    return Ranks("a", 3, group, connect, list(follower.stages.values())), group, links
+
+
+def test_rank_0_meets_the_others_once_all_are_there_and_tells_them_what_they_lack(ranks):
+    leads, group, links = ranks
+    leads.point({1: "x", 4: "x", 5: "nobody"})  # 1 is of another instance
+    assert list(links) == ["a:4"] and leads.lost() == [5] and leads.lost() == []
+    assert not leads.is_whole and group.heard == []
+    leads.point({4: "x", 5: "y"})
+    ((address, epoch),) = group.heard
+    assert leads.is_whole and address.startswith("127.0.0.1:") and epoch == 1
+    other = BatchMeta(META.positions, META.slots, META.query_starts, META.context_lens,
+                      META.block_tables)  # fmt: skip
+    leads.run(STAGES[0], META, {"x": rows()})
+    leads.run(STAGES[0], other, {"x": rows()})
+    leads.run(STAGES[1], META, {"x": rows(), "y": rows()})
+    leads.copy([(0, 1)])
+    meet = (Kind.MEET, 0, {"address": address, "epoch": 1}, [])
+    for name in ("a:4", "a:5"):
+        assert links[name].posted == [
+            meet,
+            (Kind.BATCH, 1, {}, sorted(META_NAMES)),
+            (Kind.CALL, 1, {"stage": STAGES[0]}, ["x"]),
+            (Kind.BATCH, 2, {}, sorted(META_NAMES)),
+            (Kind.CALL, 2, {"stage": STAGES[0]}, ["x"]),
+            (Kind.CALL, 1, {"stage": STAGES[1]}, ["y"]),
+            (Kind.COPY, 0, {"pairs": [(0, 1)]}, []),
+        ]
+    assert leads._told == {other: 2}  # what is at its end is not kept
+    leads.close()
+    assert group.heard[-1] == "left" and all(x.posted[-1] == "closed" for x in links.values())
+
+
+@pytest.mark.parametrize("how", [RoleLost("gone"), TransportTimeout("late"), CorruptFrame("bad")])
+def test_rank_0_ends_when_another_rank_is_gone(ranks, how):
+    leads, _, links = ranks
+    leads.point({4: "x", 5: "y"})
+    links["a:5"].messages = [Message(Kind.BEAT, 0, 0, {}, {}), how]
+    leads.read(links["a:5"])
+    with pytest.raises(RoleLost, match="a:5 is gone, its instance begins anew"):
+        leads.read(links["a:5"])

@@ -78,6 +78,25 @@ def test_no_answer_changes_when_a_rank_is_lost(ranks, rank, number):
     assert lost
 
 
+@pytest.mark.parametrize("rank", ["a:2", "a:3"])
+def test_a_rank_of_the_second_instance_takes_that_one_alone_along(ranks, rank):
+    pids = []
+
+    def lose(executor):
+        pids.append(executor.processes())
+        os.kill(pids[0][rank], signal.SIGKILL)
+
+    def first_instance(executor):
+        return {name: executor.processes()[name] for name in ("a:0", "a:1")}
+
+    ended = []
+    overrides = split(2, 1, 1, **TWO)
+    assert answers(disturb=lose, ended=lambda e: ended.append(first_instance(e)), **overrides) == (
+        ranks
+    )
+    assert ended == [{name: pids[0][name] for name in ("a:0", "a:1")}]
+
+
 def test_a_follower_outlives_its_leader_and_an_instance_that_idles_is_whole_again():
     params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=1)
     with load(DIGITS, **split(1, 1, 1, **TWO)) as engine:
