@@ -9,7 +9,7 @@ from typing import Any
 
 from step3_hetero.afd.asked import taken
 from step3_hetero.afd.link import Link, Message
-from step3_hetero.afd.messages import Kind, meta_of
+from step3_hetero.afd.messages import Kind, meta_of, pairs_of
 from step3_hetero.afd.ranks import Reduction
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Called
@@ -48,6 +48,7 @@ class Follower(Called):
         self._reduction = reduction
         self._leader = leader
         self._last = list(stages)[-1]
+        self._dtype = {t.name: t.dtype for t in stages[self._last].node.takes}["x"]
         self._link: Link | None = None
         self._underway: dict[int, Underway] = {}
 
@@ -101,7 +102,8 @@ class Follower(Called):
             _check(loaded, batch, message.arrays)
             return partial(self._run, loaded, batch, message)
         if message.kind == Kind.COPY:
-            return partial(self._copy, [(int(a), int(b)) for a, b in said["pairs"]])
+            blocks = min(cache.spec.blocks for cache in self._caches)
+            return partial(self._copy, pairs_of(said, blocks))
         raise EdgeMismatch(f"a message of kind {message.kind}")
 
     def _meet(self, link: Link, address: str, epoch: int) -> None:
@@ -112,7 +114,8 @@ class Follower(Called):
     def _run(self, loaded: LoadedStage, batch: Underway, message: Message) -> None:
         inputs = Wire().to_device(loaded.device, message.arrays, taken(loaded.node))
         loaded.stage.plan(batch.meta)
-        batch.x = loaded.stage.run({"x": batch.x, **inputs})["x"]
+        x = loaded.stage.run({"x": batch.x, **inputs})["x"]
+        batch.x = loaded.device.copied(x, self._dtype)
         if loaded.node.name == self._last:
             del self._underway[message.seq]
 

@@ -63,6 +63,7 @@ class Program:
         self._order = [s for s in graph.stages if s.kind not in ("vision", "head")]
         self._vision = graph.by_name.get("vision")
         self._head = stages["head"]
+        self._takes = {s.name: {t.name: t.dtype for t in s.takes} for s in graph.stages}
         self._out: dict[str, list[Edge]] = {s.name: [] for s in graph.stages}
         for edge in graph.edges:
             self._out[edge.source].append(edge)
@@ -72,7 +73,10 @@ class Program:
         """Begin one micro-batch."""
         wires: Wires = {"embed": (yield from self._embed_inputs(batch))}
         for node in self._order:
-            outputs = yield from self._call(node, batch.meta, wires.pop(node.name))
+            inputs = wires.pop(node.name)
+            if node.name not in self._stages:
+                self._keep(wires)
+            outputs = yield from self._call(node, batch.meta, inputs)
             self._deliver(node, outputs, wires)
         if len(batch.rows) == 0:
             return BatchResult(batch.rows, ())
@@ -121,6 +125,12 @@ class Program:
             source, target = self._device(node.name), self._device(edge.target)
             carried = {t.name: outputs[t.name] for t in edge.tensors}
             inputs.update(move(carried, source, target))
+
+    def _keep(self, wires: Wires) -> None:
+        """Copy what waits: other passes run the same stages during a pause, over their results."""
+        for target, inputs in wires.items():
+            device, dtypes = self._device(target), self._takes[target]
+            inputs.update({name: device.copied(x, dtypes[name]) for name, x in inputs.items()})
 
     def _device(self, stage: str) -> Device:
         loaded = self._stages.get(stage)
