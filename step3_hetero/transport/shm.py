@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import ClassVar
 
 from step3_hetero.errors import ConfigError, EdgeMismatch, RoleLost, TransportTimeout
@@ -57,6 +58,9 @@ PLACE = struct.Struct("!QQ")
 INLINE_BYTES = 8192
 """A head up to this size travels in the bell; a larger one lies in the ring before the parts."""
 
+COPY_BYTES = 256 << 10
+"""Of a frame that is still being written, so much is looked for, and copied, at a time."""
+
 MOST_PARTS = 4096
 """So that a bell stays under what a unix socket takes as one message."""
 
@@ -69,6 +73,8 @@ PEER_CREDENTIALS = struct.Struct("iII")
 class ShmChannel(Channel):
     """One connection. A received frame's parts are the ring itself, given back by a later receive
     once nobody looks at them."""
+
+    in_pieces: ClassVar[bool] = True
 
     def __init__(self, stream: Stream, limits: FrameLimits, patience: Patience) -> None:
         self.peer = "a process of this machine"
@@ -103,9 +109,7 @@ class ShmChannel(Channel):
             targets = header.parts_in(room[head_room:])
             if not inline:
                 room[: header.head_bytes] = memoryview(frame.head).cast("B")
-            for target, part in zip(targets, frame.parts, strict=True):
-                if len(target):
-                    target[:] = memoryview(part).cast("B")
+            _fill(targets, frame)
         bell = [memoryview(packed(header) + PLACE.pack(place, self._ring.written))]
         if inline:
             bell.append(memoryview(frame.head).cast("B"))
@@ -268,6 +272,20 @@ def capacity_of(limits: FrameLimits) -> int:
     """
     parts = limits.part_bytes + ALIGNMENT * limits.parts
     return 3 * (aligned(limits.head_bytes) + aligned(parts) + ALIGNMENT)
+
+
+def _fill(targets: Sequence[memoryview], frame: Frame) -> None:
+    """Copy a frame's parts to their places, each piece once it is ready."""
+    before = 0
+    for target, part in zip(targets, frame.parts, strict=True):
+        size = len(target)
+        step = COPY_BYTES if frame.ready is not None else max(1, size)
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            if frame.ready is not None:
+                frame.ready(before + stop)
+            target[start:stop] = memoryview(part).cast("B")[start:stop]
+        before += size
 
 
 def _swapped(sock: socket.socket, fd: int, patience: Patience) -> int:
