@@ -5,7 +5,8 @@ to a core of their own where there are two. All sides are open at once and take 
 whatever else the machine does falls on all alike: judge by the ratios of one run.
 
 ``memcpy`` copies the same bytes once within one process; ``bare`` sides send them over a socket
-without header, checksum or deadline.
+without header, checksum or deadline. ``cards`` are tcp between emulated cards whose copies to and
+from the host take their time: one after the other, or in pieces beside the wire.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import click
 
 from bench.machine import describe, sentence
+from bench.transport_cards import cards
 from step3_hetero.transport.base import Frame, FrameLimits
 from step3_hetero.transport.registry import get_transport
 
@@ -232,24 +234,28 @@ def measure(
 @click.command()
 @click.option("--trips", default=500, show_default=True, help="Round trips of each side.")
 @click.option("--json", "as_json", is_flag=True)
-def main(trips: int, as_json: bool) -> None:
+@click.option("--side", "names", multiple=True, help="Only this one, and memcpy; again for more.")
+def main(trips: int, as_json: bool, names: tuple[str, ...]) -> None:
     """Measure every side in one run."""
     machine = describe()
     _stay(HERE)
     with TemporaryDirectory() as folder:
-        rows = measure(
-            {
-                "memcpy": memcpy,
-                "shm": partial(ours, "shm"),
-                "tcp": partial(ours, "tcp"),
-                "bare tcp": partial(bare, _tcp_pair),
-                "bare socketpair": partial(bare, socket.socketpair),
-                "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),
-                "pyzmq ipc": partial(pyzmq, f"ipc://{folder}/bench"),
-                "multiprocessing pipe": pipe,
-            },
-            trips,
-        )
+        sides = {
+            "memcpy": memcpy,
+            "shm": partial(ours, "shm"),
+            "tcp": partial(ours, "tcp"),
+            "cards, one by one": partial(cards, THERE, _stay, False),
+            "cards, in pieces": partial(cards, THERE, _stay, True),
+            "bare tcp": partial(bare, _tcp_pair),
+            "bare socketpair": partial(bare, socket.socketpair),
+            "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),
+            "pyzmq ipc": partial(pyzmq, f"ipc://{folder}/bench"),
+            "multiprocessing pipe": pipe,
+        }
+        if unknown := set(names) - set(sides):
+            raise click.UsageError(f"no side {', '.join(unknown)}; there are {', '.join(sides)}")
+        asked = {n: side for n, side in sides.items() if not names or n in ("memcpy", *names)}
+        rows = measure(asked, trips)
     if as_json:
         click.echo(json.dumps({"machine": machine, "rows": rows}, indent=1))
         return

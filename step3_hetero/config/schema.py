@@ -119,7 +119,7 @@ class _Section(BaseModel):
 
 
 class Emulate(_Section):
-    """A card that the host stands in for (docs/emulation.md); ``h20``: short for ``{card: h20}``."""
+    """A card that the host plays (docs/emulation.md); ``h20`` is short for ``{card: h20}``."""
 
     card: Name
     memory: Annotated[float, Field(gt=0, le=1)] = 1.0
