@@ -218,6 +218,10 @@ class TcpTransport(Transport):
             connected(lambda left: socket.create_connection(place, left), address, deadline_s)
         )
 
+    def _channel(self, stream: Stream, limits: FrameLimits) -> Channel:
+        """Make a channel of a connection whose peer has proved the key."""
+        return TcpChannel(stream, limits)
+
     def _meeting(
         self, limits: FrameLimits, key: bytes | None, *, listens: bool
     ) -> Callable[[socket.socket], Channel]:
@@ -238,7 +242,7 @@ class TcpTransport(Transport):
             )
             try:
                 shake_hands(stream, limits, key, patience, listens=listens)
-                return TcpChannel(stream, limits)
+                return self._channel(stream, limits)
             except BaseException:
                 stream.close()
                 raise
