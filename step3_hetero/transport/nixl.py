@@ -52,7 +52,7 @@ TICKET = struct.Struct("!IQQ")
 """Bytes of NIXL's metadata behind it; where the inbox lies in its owner's memory, and its size."""
 
 MOST_METADATA = 64 << 10
-"""One UCX backend with one piece of memory takes some 500 bytes, and more with each network card."""
+"""One UCX backend with one piece of memory takes some 500 bytes; each network card adds some."""
 
 MEETING_S = 20.0
 """How long a peer that has proved the key may take to make its agent: half a second, if idle."""

@@ -5,6 +5,7 @@ No clock decides: an event of a copy ends when the piece before it has got furth
 
 import threading
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -37,6 +38,10 @@ SPECS = {
     "u": TensorSpec("u", ("tokens", "hidden"), "float32"),
 }
 GIVE_UP_S = 20.0
+NIXL = pytest.param(
+    "nixl",
+    marks=pytest.mark.skipif(find_spec("nixl") is None, reason="nixl is missing: make test-nixl"),
+)
 
 
 def arrays():
@@ -133,9 +138,10 @@ def test_a_piece_is_on_the_other_device_before_the_copy_of_the_next_one_ends(lin
         np.testing.assert_array_equal(target.to_host(found[name]), x)
 
 
-def test_shm_has_a_piece_in_its_ring_before_the_copy_of_the_next_one_ends(linked):
-    here, there = linked("shm")
-    ring = there.channel._theirs.ring
+@pytest.mark.parametrize("kind", [NIXL, "shm"])
+def test_a_ring_has_a_piece_before_the_copy_of_the_next_one_ends(linked, kind):
+    here, there = linked(kind)
+    ring = there.channel._theirs.ring if kind == "shm" else there.channel._inbox
 
     def written(count):
         until = time.monotonic() + GIVE_UP_S
@@ -151,7 +157,7 @@ def test_shm_has_a_piece_in_its_ring_before_the_copy_of_the_next_one_ends(linked
     assert source.out == PIECES
 
 
-@pytest.mark.parametrize("kind", ["inproc", "shm", "tcp"])
+@pytest.mark.parametrize("kind", ["inproc", NIXL, "shm", "tcp"])
 def test_every_transport_sends_what_was_copied_and_not_what_lay_there(linked, kind):
     here, there = linked(kind)
     target = Card()
@@ -169,7 +175,7 @@ def test_every_transport_sends_what_was_copied_and_not_what_lay_there(linked, ki
     assert len(target.inward) == (3 * PIECES if kind == "tcp" else 0)
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", [NIXL, "shm", "tcp"])
 def test_a_copy_that_never_ends_is_told_to_who_sends_and_is_no_loss_of_the_peer(linked, kind):
     here, there = linked(kind)
     here.post(Kind.CALL, 1, {}, leave(Card(leaves=lambda n: n < 3)))
