@@ -15,6 +15,7 @@ from step3_hetero.transport import nixl
 from step3_hetero.transport.base import CopyFailed, CorruptFrame, Frame, TlsFiles
 from step3_hetero.transport.framing import SUM, aligned, header_of, packed
 from step3_hetero.transport.nixl import CONTROL_BYTES, MOST_METADATA, PLACE, TICKET
+from step3_hetero.transport.nixl_agent import Agent
 from step3_hetero.transport.registry import get_transport
 from transport.strangers import LIMITS, greeted, raw, still_serves
 
@@ -54,39 +55,49 @@ def test_tls_is_refused_for_what_is_written_is_not_encrypted(tmp_path):
         get_transport("nixl").secured(TlsFiles(tmp_path / "c", tmp_path / "k"))
 
 
-@needs_nixl
-@pytest.mark.parametrize(
-    "ticket",
-    [
-        TICKET.pack(0, 4096, 8192),
-        TICKET.pack(MOST_METADATA + 1, 4096, 8192),
-        TICKET.pack(8, 4096, 8192) + b"12345678",
-        "no metadata",
-        "an address past 64 bits",
-        "half",
-        "nothing",
-    ],
-    ids=["none", "too much", "another ring", "no metadata", "past 64 bits", "half", "nothing"],
-)
-def test_tickets_that_lie_are_refused_and_cost_nobody_else(ends, listener, ticket):
-    size = ends[0]._inbox.nbytes
-    said = {
-        "no metadata": TICKET.pack(300, 4096, size) + os.urandom(300),
-        "an address past 64 bits": TICKET.pack(8, (1 << 64) - 4096, size) + b"12345678",
-        "half": TICKET.pack(300, 4096, size) + b"x",
-        "nothing": b"",
-    }.get(ticket, ticket)
+def refused(listener, said):
+    """Have a greeted stranger say so much; wait until it is let go."""
     sock = greeted(raw("tcp", listener.address))
     sock.sendall(said)
-    if ticket in ("half", "nothing"):
-        sock.close()
-    else:
-        sock.settimeout(20)
-        while sock.recv(4096):  # its own ticket, and then the end
-            pass
-        sock.close()
+    sock.settimeout(8)
+    while sock.recv(4096):  # the ticket of the other side, and then the end
+        pass
+    sock.close()
+
+
+def lied(size, address=None):
+    """Return good metadata of a small inbox, under a ticket that lies about it."""
+    agent = Agent(np.zeros(4096, np.uint8), np.zeros(4096, np.uint8))
+    metadata = agent.metadata()
+    agent.close()
+    return TICKET.pack(len(metadata), address or 1 << 32, size) + metadata + b"M"
+
+
+@needs_nixl
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda size: TICKET.pack(0, 4096, size),
+        lambda size: TICKET.pack(MOST_METADATA + 1, 4096, size),
+        lambda size: TICKET.pack(300, 4096, size) + os.urandom(300),
+        lambda size: lied(size - 64),
+        lambda size: lied(size, (1 << 64) - 64),
+    ],
+    ids=["none", "too much", "no metadata", "another ring", "past 64 bits"],
+)
+def test_tickets_that_lie_are_refused_and_cost_nobody_else(ends, listener, said):
+    refused(listener, said(ends[0]._inbox.nbytes))
     with pytest.raises(TransportTimeout):
         listener.accept(0.2)
+    still_serves("nixl", listener)
+
+
+@needs_nixl
+@pytest.mark.parametrize("said", [b"", TICKET.pack(300, 4096, 8192)[:7]], ids=["nothing", "half"])
+def test_strangers_that_leave_before_they_have_met_cost_nobody_else(listener, said):
+    sock = greeted(raw("tcp", listener.address))
+    sock.sendall(said)
+    sock.close()
     still_serves("nixl", listener)
 
 
