@@ -43,10 +43,10 @@ from step3_hetero.transport.framing import (
     unpacked,
 )
 from step3_hetero.transport.lending import Lent, aligned_buffer
-from step3_hetero.transport.nixl_agent import Agent, bindings
+from step3_hetero.transport.nixl_agent import LOOPBACK, Agent, bindings
 from step3_hetero.transport.ring import Ring, room_in
 from step3_hetero.transport.sockets import Patience, Stream, is_gone, read_bytes, read_into, write
-from step3_hetero.transport.tcp import STALL_S, TcpChannel, TcpTransport
+from step3_hetero.transport.tcp import STALL_S, TcpChannel, TcpTransport, is_loopback
 
 TICKET = struct.Struct("!IQQ")
 """Bytes of NIXL's metadata behind it; where the inbox lies in its owner's memory, and its size."""
@@ -88,7 +88,8 @@ class NixlChannel(TcpChannel):
         self._read_of_ours = 0
         self._given: deque[tuple[int, Lent]] = deque()
         self._told: dict[int, int] = {}
-        self._agent = Agent(self._inbox, self._outbox)
+        near = is_loopback(stream.sock.getsockname()[0])
+        self._agent = Agent(self._inbox, self._outbox, LOOPBACK if near else None)
         try:
             self._meet(Patience(MEETING_S))
         except BaseException:

@@ -7,9 +7,11 @@ descriptors and wakes when something comes.
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +22,14 @@ PAUSE_US = 100_000
 """How long NIXL's thread sleeps when nothing comes; what comes wakes it."""
 
 PLUGIN = "UCX"
+
+LOOPBACK = "lo"
+
+DEVICES = "UCX_NET_DEVICES"
+"""Which network devices UCX listens at: a port of its own at each, which asks nobody for a key."""
+
+_MAKING = threading.Lock()
+"""Held while the environment is not the user's."""
 
 
 def bindings() -> Any:
@@ -38,14 +48,28 @@ def bindings() -> Any:
         ) from cause
 
 
+@contextmanager
+def _environment(devices: str | None) -> Iterator[None]:
+    """Name UCX's devices, unless the user has; it reads its environment when an agent is made."""
+    with _MAKING:
+        if devices is None or DEVICES in os.environ:
+            yield
+            return
+        os.environ[DEVICES] = devices
+        try:
+            yield
+        finally:
+            del os.environ[DEVICES]
+
+
 class Agent:
     """One channel's own agent, so that its peer can write this channel's memory and no other's.
 
     ``inbox`` is what the peer may write, ``outbox`` what this side's writes come from. Any thread
-    may call; each call is short.
+    may call; each call is short. ``devices`` are UCX's network devices; None: all there are.
     """
 
-    def __init__(self, inbox: Bytes, outbox: Bytes) -> None:
+    def __init__(self, inbox: Bytes, outbox: Bytes, devices: str | None = None) -> None:
         self._nixl = nixl = bindings()
         config = nixl.nixlAgentConfig()
         config.useProgThread, config.useListenThread = True, False
@@ -57,9 +81,10 @@ class Agent:
         self._peer, self._theirs, self._size = "", 0, 0
         self._outbox = outbox
         try:
-            self._agent: Any = nixl.nixlAgent(self._name, config)
-            options, _ = self._agent.getPluginParams(PLUGIN)
-            self._backends = [self._agent.createBackend(PLUGIN, options)]
+            with _environment(devices):
+                self._agent: Any = nixl.nixlAgent(self._name, config)
+                options, _ = self._agent.getPluginParams(PLUGIN)
+                self._backends = [self._agent.createBackend(PLUGIN, options)]
             self._inside, self._outside = self._described(inbox), self._described(outbox)
             for memory in (self._inside, self._outside):
                 self._agent.registerMem(memory, self._backends)

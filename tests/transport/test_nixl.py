@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,28 +66,36 @@ def refused(listener, said):
     sock.close()
 
 
-def lied(size, address=None):
+@pytest.fixture
+def agent():
+    """Return a stranger's agent, which stays while it is met."""
+    if find_spec("nixl") is None:
+        pytest.skip("the package nixl is not installed: make test-nixl")
+    mine = Agent(np.zeros(4096, np.uint8), np.zeros(4096, np.uint8), "lo")
+    yield mine
+    mine.close()
+
+
+def lied(agent, size, address=1 << 32):
     """Return good metadata of a small inbox, under a ticket that lies about it."""
-    agent = Agent(np.zeros(4096, np.uint8), np.zeros(4096, np.uint8))
     metadata = agent.metadata()
-    agent.close()
-    return TICKET.pack(len(metadata), address or 1 << 32, size) + metadata + b"M"
+    return TICKET.pack(len(metadata), address, size) + metadata + b"M"
 
 
 @needs_nixl
 @pytest.mark.parametrize(
     "said",
     [
-        lambda size: TICKET.pack(0, 4096, size),
-        lambda size: TICKET.pack(MOST_METADATA + 1, 4096, size),
-        lambda size: TICKET.pack(300, 4096, size) + os.urandom(300),
-        lambda size: lied(size - 64),
-        lambda size: lied(size, (1 << 64) - 64),
+        lambda _, size: TICKET.pack(0, 4096, size),
+        lambda _, size: TICKET.pack(MOST_METADATA + 1, 4096, size),
+        lambda _, size: TICKET.pack(300, 4096, size) + os.urandom(300),
+        lambda agent, size: lied(agent, size - 64),
+        lambda agent, size: lied(agent, size, (1 << 64) - 64),
     ],
     ids=["none", "too much", "no metadata", "another ring", "past 64 bits"],
 )
-def test_tickets_that_lie_are_refused_and_cost_nobody_else(ends, listener, said):
-    refused(listener, said(ends[0]._inbox.nbytes))
+def test_tickets_that_lie_are_refused_and_cost_nobody_else(ends, listener, agent, said):
+    refused(listener, said(agent, ends[0]._inbox.nbytes))
     with pytest.raises(TransportTimeout):
         listener.accept(0.2)
     still_serves("nixl", listener)
@@ -212,6 +221,23 @@ def test_a_write_that_does_not_arrive_closes_the_channel(ends, monkeypatch):
         one.send(Frame(1, 0, 0, b"", [b"x"]), 0.2)
     with pytest.raises(RoleLost):
         one.send(Frame(1, 0, 1), 5)
+
+
+def ports():
+    """Return the addresses at which this process listens, over IPv4, as hexadecimal digits."""
+    links = [str(p.readlink()) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [x[1] for x in lines if x[3] == "0A" and f"socket:[{x[9]}]" in links]
+
+
+@needs_nixl
+def test_a_channel_on_loopback_has_ucx_listen_nowhere_else(ends, monkeypatch):
+    assert len(ports()) >= 3  # the listener, and an agent at each end
+    assert {port.partition(":")[0] for port in ports()} == {"0100007F"}
+    assert "UCX_NET_DEVICES" not in os.environ
+    monkeypatch.setenv("UCX_NET_DEVICES", "eth7")
+    with pytest.raises(ConfigError, match="no memory of ours to offer"):
+        Agent(np.zeros(64, np.uint8), np.zeros(64, np.uint8), "lo")
 
 
 @needs_nixl
