@@ -6,7 +6,7 @@ whatever else the machine does falls on all alike: judge by the ratios of one ru
 
 ``memcpy`` copies the same bytes once within one process; ``bare`` sides send them over a socket
 without header, checksum or deadline. ``cards`` are tcp between emulated cards whose copies to and
-from the host take their time: one after the other, or in pieces beside the wire.
+from the host take their time, one after the other or in pieces beside the wire, of 1024 tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The round trip of ``bench.transport`` between two emulated cards, whose copies take their time.
+"""A round trip between two emulated cards whose copies take their time: 7.3 MB out, 14.7 MB back.
 
 Both ends copy at ``COPY_BYTES_PER_S`` to and from their host, whatever the network does meanwhile:
-one after the other, or in pieces that are on the wire while the next ones are copied.
+one after the other, or in pieces that are on the wire while the next ones are copied. Unlike a
+card's, these copies cost the processor a copy too, on the core that sends or receives: that part
+of them does not overlap, and the gain is less than a card's.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from step3_hetero.transport.registry import get_transport
 COPY_BYTES_PER_S = 10e9
 """Of a PCIe 3.0 card of 16 lanes, or half of a PCIe 4.0 one."""
 
-SHAPE = (128, 7168)
+SHAPE = (1024, 7168)
+"""A prompt's chunk: what 128 tokens take is two pieces and four."""
 OUT, BACK = "int8", "bfloat16"
 LIMITS = limits(1 << 24)
 
