@@ -16,10 +16,11 @@ WORKERS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
+NIXL := $(VENV)-nixl
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-processes test-ray fuzz faults lint types wheel-test conformance bench \
+.PHONY: help demo test test-processes test-ray test-nixl fuzz faults lint types wheel-test conformance bench \
   setup clean cuda-gate cuda-interpreted test-gpu bench-gpu test-ascend ascend-stand-in ascend-t2 ascend-t3 test-npu
 
 help: ## this list
@@ -41,6 +42,10 @@ fuzz: $(VENV)/.dev ## 100,000 hostile peers against each transport, some four mi
 test-ray: $(VENV)/.dev ## the roles as actors over a local Ray cluster of three nodes; installs ray
 	@$(PIP) install --editable '.[cpu,distributed]'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/afd
+
+test-nixl: $(VENV)/.dev $(NIXL)/.installed ## the transport nixl in host memory over UCX; a folder of 240 MB
+	@PYTHONPATH=$(NIXL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k nixl tests/transport \
+	  tests/afd/test_pieces.py tests/afd/test_pieces_roles.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -100,7 +105,7 @@ test-npu: ## on a machine with a 910B: certify it and write ascend.certificate.j
 setup: $(VENV)/.dev ## only set up .venv
 
 clean: ## remove .venv and everything built
-	@rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(NIXL) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # One empty file for each finished step of the setup; pip runs again when pyproject.toml changes.
 $(VENV)/.created:
@@ -131,4 +136,10 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.run
 	@echo "installing what tests and checks need"
 	@$(PIP) install --editable '.[cpu,plan,dev]'
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) install --no-deps "triton==$(TRITON)"
+	@touch $@
+
+# Apart from .venv, and without what it asks for: its torch would be the one with CUDA.
+$(NIXL)/.installed:
+	@echo "installing nixl in $(NIXL)"
+	@$(PIP) install --no-deps --upgrade --target $(NIXL) 'nixl==1.5.1' 'nixl-cu12==1.5.1'
 	@touch $@

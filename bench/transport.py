@@ -6,7 +6,8 @@ whatever else the machine does falls on all alike: judge by the ratios of one ru
 
 pyzmq is a peer to compare with and no more: without it (extra ``bench``) its rows are left out.
 ``memcpy`` copies the same bytes once within one process; ``bare`` sides send them over a socket
-without header, checksum or deadline.
+without header, checksum or deadline. ``cards`` are tcp between emulated cards whose copies to and
+from the host take their time, one after the other or in pieces beside the wire, of 1024 tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import click
 
 from bench.machine import describe, sentence
+from bench.transport_cards import cards
 from step3_hetero.transport.base import Frame, FrameLimits
 from step3_hetero.transport.registry import get_transport
 
@@ -237,6 +239,8 @@ def sides(folder: str) -> dict[str, Callable[[], AbstractContextManager[Trip]]]:
         "memcpy": memcpy,
         "shm": partial(ours, "shm"),
         "tcp": partial(ours, "tcp"),
+        "cards, one by one": partial(cards, THERE, _stay, False),
+        "cards, in pieces": partial(cards, THERE, _stay, True),
         "bare tcp": partial(bare, _tcp_pair),
         "bare socketpair": partial(bare, socket.socketpair),
         "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),
@@ -254,12 +258,17 @@ def sides(folder: str) -> dict[str, Callable[[], AbstractContextManager[Trip]]]:
 @click.command()
 @click.option("--trips", default=500, show_default=True, help="Round trips of each side.")
 @click.option("--json", "as_json", is_flag=True)
-def main(trips: int, as_json: bool) -> None:
+@click.option("--side", "names", multiple=True, help="Only this one, and memcpy; again for more.")
+def main(trips: int, as_json: bool, names: tuple[str, ...]) -> None:
     """Measure every side in one run."""
     machine = describe()
     _stay(HERE)
     with TemporaryDirectory() as folder:
-        rows = measure(sides(folder), trips)
+        found = sides(folder)
+        if unknown := set(names) - set(found):
+            raise click.UsageError(f"no side {', '.join(unknown)}; there are {', '.join(found)}")
+        asked = {n: side for n, side in found.items() if not names or n in ("memcpy", *names)}
+        rows = measure(asked, trips)
     if as_json:
         click.echo(json.dumps({"machine": machine, "rows": rows}, indent=1))
         return

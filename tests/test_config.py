@@ -138,7 +138,7 @@ def test_config_cannot_be_changed_once_read(read):
         ("runtime: {dtype: fp32, max_batch: 8}", "runtime:",
          "run.yaml:11: runtime: expected keys and values, got null"),
         ("runtime: {", "transport: {kind: shn}\nruntime: {",
-         "run.yaml:11: transport.kind: 'shn' is unknown; known: inproc, shm, tcp"),
+         "run.yaml:11: transport.kind: 'shn' is unknown; known: inproc, nixl, shm, tcp"),
         ("runtime: {", "transport: {deadline_s: 0}\nruntime: {",
          "run.yaml:11: transport.deadline_s: 0 is too small; more than 0"),
         ("runtime: {", "transport: {deadline_s: 1e999}\nruntime: {",

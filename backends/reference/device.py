@@ -13,7 +13,9 @@ from step3_hetero.backend import (
     BatchMeta,
     Device,
     DeviceInfo,
+    Done,
     Dtypes,
+    Event,
     Kernel,
     Memory,
     Weights,
@@ -107,6 +109,16 @@ class ReferenceDevice(Device):
     def to_host(self, x: Float) -> HostArray:
         """Copy back."""
         return np.array(x)
+
+    def copy_in(self, host: HostArray, out: Float) -> Event:
+        """Copy at once, and once."""
+        out[...] = host
+        return Done()
+
+    def copy_out(self, x: Float, host: HostArray) -> Event:
+        """Copy at once, and once."""
+        host[...] = x
+        return Done()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Float:
         """Return an uninitialised array."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from step3_hetero.afd.asked import check_answer
+from step3_hetero.afd.asked import check_answer, taken
+from step3_hetero.afd.leaving import Leaving
 from step3_hetero.afd.link import Link, Message, ready
 from step3_hetero.afd.messages import (
     Kind,
@@ -85,6 +86,7 @@ class Driver:
             self._called[self._role] = ranks
         self._a2f = a2f
         self._f2a = f2a
+        self._leaving: Leaving | None = None
         self._underway: dict[int, Underway] = {}
         self._answers: deque[tuple[int, list[Message]]] = deque()
         self._numbers = itertools.count(1)
@@ -222,7 +224,13 @@ class Driver:
         self._work_on(waiting.ticket)
         gives = {t.name: t for t in waiting.call.node.gives}
         try:
-            outputs = added(self._program.home, self._f2a, [p.arrays for p in parts], gives)
+            outputs = added(
+                self._program.home,
+                self._f2a,
+                [p.arrays for p in parts],
+                gives,
+                [p.landed for p in parts],
+            )
         except Step3HeteroError as error:
             front.post(Kind.FAILED, said={"why": f"{waiting.call.node.name}: {error}"})
             return
@@ -231,7 +239,13 @@ class Driver:
     def _advance(
         self, front: Link, ticket: int, passing: Pass, outputs: Mapping[str, Array] | None
     ) -> None:
-        """Run a micro-batch on to its next call, or to its end."""
+        """Run a micro-batch on to its next call, or to its end.
+
+        Stages write over their outputs: what the last call sends has to have left the device.
+        """
+        if self._leaving is not None:
+            self._leaving.wait()
+            self._leaving = None
         try:
             call = next(passing) if outputs is None else passing.send(outputs)
         except StopIteration as done:
@@ -239,7 +253,8 @@ class Driver:
             return
         seq, start = next(self._numbers), time.monotonic()
         self._underway[seq] = Underway(ticket, passing, call, start)
-        arrays = self._a2f.to_host(self._program.home, call.inputs)
+        arrays = self._a2f.to_host(self._program.home, call.inputs, taken(call.node))
+        self._leaving = arrays
         role, number = self._role_of[call.node.name], self._call_number(seq)
         said = {"stage": call.node.name, "batch": ticket, "call": number}
         copied_s, size = time.monotonic() - start, total_bytes(arrays)

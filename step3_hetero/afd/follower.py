@@ -112,7 +112,8 @@ class Follower(Called):
         self._reduction.join(self._stages[self._last].device, address, epoch)
 
     def _run(self, loaded: LoadedStage, batch: Underway, message: Message) -> None:
-        inputs = Wire().to_device(loaded.device, message.arrays, taken(loaded.node))
+        takes = taken(loaded.node)
+        inputs = Wire().to_device(loaded.device, message.arrays, takes, message.landed)
         loaded.stage.plan(batch.meta)
         x = loaded.stage.run({"x": batch.x, **inputs})["x"]
         batch.x = loaded.device.copied(x, self._dtype)

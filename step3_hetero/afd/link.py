@@ -6,16 +6,20 @@ import select
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from step3_hetero.afd.landing import Landed, Landing
+from step3_hetero.afd.leaving import is_apart
 from step3_hetero.afd.messages import Kind, Said
 from step3_hetero.afd.outbox import Outbox
 from step3_hetero.afd.parcel import parcel, unpacked
 from step3_hetero.afd.vigil import Vigil
+from step3_hetero.backend import Device
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import Channel, Frame, FrameLimits
+from step3_hetero.transport.framing import nbytes
 
 BEATS_PER_DEADLINE = 4
 
@@ -48,6 +52,7 @@ class Message:
     seq: int
     said: Said
     arrays: dict[str, HostArray]
+    landed: Mapping[str, Landed] = field(default_factory=dict)
 
 
 class Link:
@@ -66,6 +71,15 @@ class Link:
         self._vigil = Vigil(channel)
         self._outbox: Outbox | None = None
         self._unsent: Step3HeteroError | None = None
+        self._landing: Landing | None = None
+
+    def land_on(self, device: Device) -> None:
+        """Bring large arrays of calls and answers to a device while the rest of them comes.
+
+        Nothing changes where the host reads the device's memory, or the channel cannot do it.
+        """
+        if is_apart(device):
+            self._landing = self.channel.landing = Landing(device, LENT)
 
     def fileno(self) -> int:
         """Return what ``select`` waits for; -1: the link is closed, as ``receive`` tells."""
@@ -111,6 +125,8 @@ class Link:
         return self._outbox is None or self._outbox.flush(deadline_s)
 
     def _send(self, frame: Frame) -> None:
+        if frame.ready is not None and not self.channel.in_pieces:
+            frame.ready(sum(map(nbytes, frame.parts)))
         with self._sending:
             self.channel.send(frame, SEND_DEADLINE_S)
 
@@ -159,7 +175,8 @@ class Link:
         except EdgeMismatch as broken:
             self.close()
             raise RoleLost(f"{self.name} is let go: {broken}") from broken
-        return Message(frame.kind, frame.epoch, frame.seq, said, arrays)
+        landed = {} if self._landing is None else self._landing.taken(arrays)
+        return Message(frame.kind, frame.epoch, frame.seq, said, arrays, landed)
 
     def wants(self, kind: Kind, deadline_s: float) -> Message:
         """Return the next message that is no sign of life, which has to be of this kind.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from step3_hetero.afd.leaving import Leaving
 from step3_hetero.errors import EdgeMismatch
 from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import Buffer, Frame
@@ -22,14 +23,18 @@ MOST_AXES = 5
 def parcel(
     kind: int, epoch: int, seq: int, said: Mapping[str, Any], arrays: Mapping[str, HostArray]
 ) -> Frame:
-    """Return a frame that holds facts and arrays; the arrays' bytes are not copied."""
+    """Return a frame that holds facts and arrays; the arrays' bytes are not copied.
+
+    Of ``Leaving`` arrays some bytes may still be on their way to the host.
+    """
     whole = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     head = {
         "said": said,
         "arrays": [[name, x.dtype.name, list(x.shape)] for name, x in whole.items()],
     }
     parts = [_bytes(x) for x in whole.values()]
-    return Frame(kind, epoch, seq, json.dumps(head).encode(), parts)
+    ready = arrays.ready if isinstance(arrays, Leaving) and arrays.is_pending else None
+    return Frame(kind, epoch, seq, json.dumps(head).encode(), parts, ready)
 
 
 def unpacked(

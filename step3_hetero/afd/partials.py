@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from step3_hetero.afd.landing import NONE_LANDED, Landed
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import Array, Device
 from step3_hetero.errors import EdgeMismatch
@@ -43,6 +44,7 @@ def added(
     wire: Wire,
     parts: Sequence[Mapping[str, HostArray]],
     specs: Mapping[str, TensorSpec],
+    landed: Sequence[Mapping[str, Landed]] = (),
 ) -> dict[str, Array]:
     """Return on ``device`` the sum of what each member of a set answered, member 0 first.
 
@@ -50,7 +52,8 @@ def added(
     that is another, by its sender. Here they are widened (float32, or float64 for float64), added
     one after the other in the order of the members, whenever they came, and rounded once.
 
-    Shapes: each tensor of ``specs`` as its stage gives it, alike in all ``parts``.
+    Shapes: each tensor of ``specs`` as its stage gives it, alike in all ``parts``. ``landed``:
+    which tensors of each part are on the device already.
 
     Raises:
         EdgeMismatch: the members' tensors do not fit together.
@@ -58,12 +61,13 @@ def added(
     shapes = [{name: x.shape for name, x in part.items()} for part in parts]
     if any(s != shapes[0] or not specs.keys() <= s.keys() for s in shapes):
         raise EdgeMismatch(f"partial sums {shapes} do not fit; allowed: {', '.join(specs)}, alike")
+    landed = landed or [NONE_LANDED] * len(parts)
     if len(parts) == 1:
-        return wire.to_device(device, parts[0], specs)
+        return wire.to_device(device, parts[0], specs, landed[0])
     wider = {name: replace(spec, dtype=wide(spec.dtype)) for name, spec in specs.items()}
-    total = wire.to_device(device, parts[0], wider)
-    for part in parts[1:]:
-        for name, x in wire.to_device(device, part, wider).items():
+    total = wire.to_device(device, parts[0], wider, landed[0])
+    for part, there in zip(parts[1:], landed[1:], strict=True):
+        for name, x in wire.to_device(device, part, wider, there).items():
             total[name] = device.kernel("add")(total[name], x)
     return {
         name: x if specs[name] == wider[name] else device.kernel("cast")(x, dtype=specs[name].dtype)

@@ -222,4 +222,7 @@ class Remote:
 
 def _kept(message: Message) -> Message:
     """Return an answer that waits for those of others: what its link lent would hold that up."""
-    return replace(message, arrays={name: x.copy() for name, x in message.arrays.items()})
+    arrays = {name: x.copy() for name, x in message.arrays.items()}
+    for name, landed in message.landed.items():
+        landed.host = arrays[name]
+    return replace(message, arrays=arrays)

@@ -227,6 +227,7 @@ def _lead(
         except BaseException:
             link.close()
             raise
+        link.land_on(program.home)
         heart.watch(link)
         return link
 

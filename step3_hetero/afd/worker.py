@@ -46,6 +46,8 @@ MOST_WHY = 2000
 class Called(ABC):
     """Does what its callers say until the front says stop or is gone."""
 
+    _stages: Mapping[str, LoadedStage]
+
     @property
     def is_busy(self) -> bool:
         """Say whether something that a caller began is not at its end."""
@@ -61,6 +63,7 @@ class Called(ABC):
                         return
                 elif one is door:
                     if (link := greet()) is not None:
+                        link.land_on(next(iter(self._stages.values())).device)
                         links.append(link)
                 elif not self._from_caller(one):
                     links.remove(one)
@@ -141,7 +144,8 @@ class Worker(Called):
         if self._timeline is not None:
             said["spans"] = self._timeline.drain()
         start = time.monotonic()
-        arrays = self._f2a.to_host(loaded.device, outputs)
+        gives = {t.name: t for t in loaded.node.gives}
+        arrays = self._f2a.to_host(loaded.device, outputs, gives)
         link.send(Kind.ANSWER, message.seq, said, arrays, epoch=message.epoch)
         self._idle_since = end = time.monotonic()
         self._sent_s = end - start
@@ -159,7 +163,8 @@ class Worker(Called):
             raise EdgeMismatch(f"asked for {name!r}; here: {', '.join(self._stages)}")
         device, takes = loaded.device, taken(loaded.node)
         rows = rows_asked(loaded.node, message.arrays, self._a2f, self._tokens)
-        inputs = self._a2f.to_device(device, own_experts(loaded.node, message.arrays), takes)
+        own = own_experts(loaded.node, message.arrays)
+        inputs = self._a2f.to_device(device, own, takes, message.landed)
         if loaded.node.kind != "vision":
             loaded.stage.plan(rows_only(rows))
         start = time.monotonic()

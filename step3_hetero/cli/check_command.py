@@ -80,8 +80,8 @@ def _emulated(role: dict[str, Any]) -> str:
     told = [f"{asked['memory']:.3g} of its memory"] if asked["memory"] < 1 else []
     told += [f"stages slower by {asked['slow']:g}"] if asked["slow"] > 1 else []
     told += [f"edges late by {asked['latency_s']:g} s"] if asked["latency_s"] else []
-    rate = asked["bytes_per_s"]
-    told += [f"edges of {human_bytes(rate)} a second"] if rate else []
+    for key, what in (("bytes_per_s", "edges"), ("copy_bytes_per_s", "copies")):
+        told += [f"{what} of {human_bytes(asked[key])} a second"] if asked[key] else []
     return (
         f"role {role['role']}: {', '.join([role['device'], *told])}; dtypes and memory are the "
         "card's, the arithmetic is the host's"

@@ -109,6 +109,7 @@ def _emulate(value: object) -> object:
 Name = Annotated[str, AfterValidator(_name)]
 RoleName = Annotated[str, AfterValidator(_role_name)]
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
 WireDtype = Literal["auto", "fp32", "bf16", "fp8", "int8"]
 
 
@@ -119,10 +120,7 @@ class _Section(BaseModel):
 
 
 class Emulate(_Section):
-    """A card of the device catalogue that the host's processor stands in for (docs/emulation.md).
-
-    ``emulate: h20`` is short for ``emulate: {card: h20}``.
-    """
+    """A card that the host plays (docs/emulation.md); ``h20`` is short for ``{card: h20}``."""
 
     card: Name
     memory: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -131,8 +129,10 @@ class Emulate(_Section):
     """A stage takes so many times the seconds that it takes here."""
     latency_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds that an edge to another device takes beyond its bytes, each way."""
-    bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    bytes_per_s: Rate | None = None
     """What an edge carries each way; None: as fast as it goes."""
+    copy_bytes_per_s: Rate | None = None
+    """What copies between card and host carry each way; None: as fast as the host's own."""
     corrupt_every: Count | None = None
     """Of the frames with tensors that come over an edge, each so-manyth arrives damaged."""
     cut_every: Count | None = None

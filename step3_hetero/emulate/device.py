@@ -28,6 +28,7 @@ from step3_hetero.backend import (
     Weights,
 )
 from step3_hetero.emulate.card import FP8, EmulatedCard
+from step3_hetero.emulate.copies import Lane, nothing
 from step3_hetero.errors import PlacementError, UnsupportedOp
 from step3_hetero.specs import (
     CacheSpec,
@@ -60,20 +61,27 @@ class EmulatedDevice(Device):
         }
         self._held_bytes = 0
         self._lock = Lock()
+        rate = card.asked.copy_bytes_per_s
+        self._inward: Lane | None = None if rate is None else Lane(rate)
+        self._outward: Lane | None = None if rate is None else Lane(rate)
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Array:
         """Copy as the host does; FP8 only where the card has it."""
-        name = dtype or x.dtype.name
-        if name == FP8 and FP8 not in {*self.card.dtypes.stored, *self.card.dtypes.wire}:
-            raise UnsupportedOp(f"{self.info.name} holds no {FP8}; send bfloat16 or int8")
+        self._check_held(dtype or x.dtype.name)
+        if self._inward is not None:
+            self._inward.start(x.nbytes, nothing).wait()
         return self.inner.from_host(x, dtype)
 
     def to_host(self, x: Array) -> HostArray:
         """See Device.to_host."""
-        return self.inner.to_host(x)
+        host = self.inner.to_host(x)
+        if self._outward is not None:
+            self._outward.start(host.nbytes, nothing).wait()
+        return host
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """See Device.empty."""
+        """See Device.empty; FP8 only where the card has it."""
+        self._check_held(dtype)
         return self.inner.empty(shape, dtype)
 
     def owns(self, x: Any) -> bool:
@@ -128,15 +136,25 @@ class EmulatedDevice(Device):
 
     def copy_in(self, host: HostArray, out: Array) -> Event:
         """See Device.copy_in."""
-        return self.inner.copy_in(host, out)
+        if self._inward is None:
+            return self.inner.copy_in(host, out)
+        event = self._inward.start(host.nbytes, nothing)
+        self.inner.copy_in(host, out).wait()  # now: whoever receives has time while more comes
+        return event
 
     def copy_out(self, x: Array, host: HostArray) -> Event:
         """See Device.copy_out."""
-        return self.inner.copy_out(x, host)
+        if self._outward is None:
+            return self.inner.copy_out(x, host)
+        return self._outward.start(host.nbytes, lambda: self.inner.copy_out(x, host).wait())
 
     def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
         """See Device.group."""
         return self.inner.group(ranks, rendezvous)
+
+    def _check_held(self, dtype: str) -> None:
+        if dtype == FP8 and FP8 not in {*self.card.dtypes.stored, *self.card.dtypes.wire}:
+            raise UnsupportedOp(f"{self.info.name} holds no {FP8}; send bfloat16 or int8")
 
     def _take(self, nbytes: int, what: str) -> None:
         with self._lock:

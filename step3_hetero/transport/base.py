@@ -7,10 +7,13 @@ A transport is registered under the entry-point group ``step3_hetero.transports`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from step3_hetero.errors import ConfigError, Step3HeteroError
 
@@ -18,6 +21,19 @@ Buffer = bytes | bytearray | memoryview
 """Contiguous bytes; a NumPy array gives them with ``memoryview(x).cast("B")``."""
 
 GROUP = "step3_hetero.transports"
+
+
+Bytes = npt.NDArray[np.uint8]
+
+Ready = Callable[[int], None]
+"""Returns once the first so many bytes of a frame's parts, one part after the other, are there.
+
+Any number of threads may ask, again and again. It has a deadline of its own, and raises CopyFailed.
+"""
+
+
+class CopyFailed(Step3HeteroError):
+    """What a frame holds did not come from its device: no fault of the peer."""
 
 
 class CorruptFrame(Step3HeteroError):
@@ -47,6 +63,9 @@ class Frame:
     are valid until the next ``receive`` on its channel, which releases them. Memory from which an
     array has been made (``np.frombuffer``) stays as it is for as long as that array lives, and
     holds up the channel's buffer meanwhile: copy what is kept for long.
+
+    With ``ready`` the parts of a frame to send are still being written, from front to back. Only a
+    channel with ``in_pieces`` sends such a frame; others are given it when all is there.
     """
 
     kind: int
@@ -54,6 +73,7 @@ class Frame:
     seq: int
     head: Buffer = b""
     parts: Sequence[Buffer] = ()
+    ready: Ready | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,22 @@ class TlsFiles:
     ca: Path | None = None
 
 
+class Landing(Protocol):
+    """Who wants a frame's parts while they come. Its calls do not raise, and do not wait."""
+
+    def memory(self, nbytes: int) -> Bytes:
+        """Return memory for the parts, of any content."""
+
+    def begin(self, frame: Frame) -> None:
+        """Take in a frame whose parts come next. No checksum of head and parts has been seen yet.
+
+        The parts are lent as those of a received frame are.
+        """
+
+    def came(self, nbytes: int) -> None:
+        """Take in that the first so many bytes of the parts, one after the other, are there."""
+
+
 class Channel(ABC):
     """A connection to one peer. Frames arrive whole, once, in the order in which they were sent.
 
@@ -88,6 +124,12 @@ class Channel(ABC):
 
     peer: str
     """The peer's address, for messages."""
+
+    in_pieces: ClassVar[bool] = False
+    """Whether ``send`` asks ``Frame.ready`` for each piece before it reads it."""
+
+    landing: Landing | None = None
+    """Told of parts while ``receive`` waits for the rest, by a channel that can; set before it."""
 
     @abstractmethod
     def send(self, frame: Frame, deadline_s: float) -> None:
@@ -98,6 +140,7 @@ class Channel(ABC):
                 part of the frame was gone by then the channel is closed.
             RoleLost: the peer is gone.
             EdgeMismatch: the frame is larger than was agreed.
+            CopyFailed: the frame never became ready; closed as above.
         """
 
     @abstractmethod

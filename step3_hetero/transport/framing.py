@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from crc32c import crc32c
@@ -25,6 +25,9 @@ ALIGNMENT = 64
 
 MOST_PIECES = 512
 """Buffers handed to the kernel at a time; it takes 1,024 (IOV_MAX)."""
+
+COPY_BYTES = 256 << 10
+"""Of a frame that is still being written, so much is looked for, and copied, at a time."""
 
 LENGTH_BYTES = 8
 """Of each part's length, in the table behind the fixed part."""
@@ -146,6 +149,25 @@ def nbytes(buffer: Buffer) -> int:
 def flat(buffers: Sequence[Buffer]) -> list[memoryview]:
     """Return buffers as bytes, those that are empty left out."""
     return [memoryview(b).cast("B") for b in buffers if nbytes(b)]
+
+
+def filled(
+    targets: Sequence[memoryview], frame: Frame, piece_bytes: int
+) -> Iterator[tuple[int, slice]]:
+    """Copy a frame's parts to their places, each piece once it is ready.
+
+    Yields the number of a part, and which bytes of it are in place now.
+    """
+    before = 0
+    for number, (target, part) in enumerate(zip(targets, frame.parts, strict=True)):
+        source = memoryview(part).cast("B") if len(target) else target
+        for start in range(0, len(target), piece_bytes):
+            piece = slice(start, min(start + piece_bytes, len(target)))
+            if frame.ready is not None:
+                frame.ready(before + piece.stop)
+            target[piece] = source[piece]
+            yield number, piece
+        before += len(target)
 
 
 def chunks(buffers: Sequence[memoryview], chunk_bytes: int) -> list[list[memoryview]]:

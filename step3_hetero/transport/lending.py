@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
+from step3_hetero.transport.base import Bytes
 
 
 class Lent:
@@ -42,8 +41,15 @@ class Lent:
         return self._room() is None
 
 
-def aligned_buffer(nbytes: int, alignment: int) -> Bytes:
+def plain_memory(nbytes: int) -> Bytes:
+    """Return memory of any content."""
+    return np.empty(nbytes, np.uint8)
+
+
+def aligned_buffer(
+    nbytes: int, alignment: int, memory: Callable[[int], Bytes] = plain_memory
+) -> Bytes:
     """Return memory of any content whose address is a multiple of ``alignment``."""
-    spare = np.empty(nbytes + alignment, np.uint8)
+    spare = memory(nbytes + alignment)
     start = -spare.ctypes.data % alignment
     return spare[start : start + nbytes]

@@ -5,12 +5,18 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
-from step3_hetero.errors import EdgeMismatch, RoleLost
+from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.transport.framing import aligned
+from step3_hetero.transport.sockets import Stream, is_gone
+
+FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
+"""How often a sender looks whether a full ring has room again: more and more seldom."""
 
 CONTROL_BYTES = 4096
 """A page before the ring: how much of the *other* ring its owner has read, as a count of bytes."""
@@ -135,3 +141,28 @@ class Ring:
                 return self._cursor
             return 0 if size < oldest else None
         return self._cursor if self._cursor + size < oldest else None
+
+
+def room_in(
+    ring: Ring, size: int, count: Callable[[], int], stream: Stream, deadline_s: float
+) -> int:
+    """Return a place in a ring, waiting until the peer, who says ``count``, has read enough.
+
+    Raises:
+        EdgeMismatch: as ``Ring.has_read``.
+        TransportTimeout, RoleLost: it reads nothing, or is gone.
+    """
+    until = pause_s = 0.0
+    while True:
+        moved = ring.has_read(count())
+        place = ring.reserve(size)
+        if place is not None:
+            return place
+        if moved or not until:
+            until, pause_s = time.monotonic() + deadline_s, FIRST_POLL_S
+        if time.monotonic() >= until:
+            raise TransportTimeout(f"the peer read nothing for {deadline_s:g} s")
+        if is_gone(stream):
+            raise RoleLost("the peer closed the connection")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LAST_POLL_S)

@@ -11,10 +11,8 @@ from __future__ import annotations
 import array
 import os
 import secrets
-import select
 import socket
 import struct
-import time
 from collections import deque
 from typing import ClassVar
 
@@ -29,11 +27,13 @@ from step3_hetero.transport.base import (
 )
 from step3_hetero.transport.framing import (
     ALIGNMENT,
+    COPY_BYTES,
     FIXED,
     LENGTH_BYTES,
     SUM,
     Header,
     aligned,
+    filled,
     header_of,
     packed,
     rest_bytes,
@@ -41,7 +41,7 @@ from step3_hetero.transport.framing import (
 )
 from step3_hetero.transport.lending import Lent
 from step3_hetero.transport.listening import SocketListener
-from step3_hetero.transport.ring import Memory, Ring
+from step3_hetero.transport.ring import Memory, Ring, room_in
 from step3_hetero.transport.sockets import (
     HANDSHAKE_S,
     NO_SIGNAL,
@@ -60,15 +60,14 @@ INLINE_BYTES = 8192
 MOST_PARTS = 4096
 """So that a bell stays under what a unix socket takes as one message."""
 
-FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
-"""How often a sender looks whether a full ring has room again: more and more seldom."""
-
 PEER_CREDENTIALS = struct.Struct("iII")
 
 
 class ShmChannel(Channel):
     """One connection. A received frame's parts are the ring itself, given back by a later receive
     once nobody looks at them."""
+
+    in_pieces: ClassVar[bool] = True
 
     def __init__(self, stream: Stream, limits: FrameLimits, patience: Patience) -> None:
         self.peer = "a process of this machine"
@@ -103,9 +102,8 @@ class ShmChannel(Channel):
             targets = header.parts_in(room[head_room:])
             if not inline:
                 room[: header.head_bytes] = memoryview(frame.head).cast("B")
-            for target, part in zip(targets, frame.parts, strict=True):
-                if len(target):
-                    target[:] = memoryview(part).cast("B")
+            for _ in filled(targets, frame, COPY_BYTES if frame.ready else self._capacity):
+                pass
         bell = [memoryview(packed(header) + PLACE.pack(place, self._ring.written))]
         if inline:
             bell.append(memoryview(frame.head).cast("B"))
@@ -173,25 +171,11 @@ class ShmChannel(Channel):
         return header, place, count, bell[end:]
 
     def _reserved(self, size: int, deadline_s: float) -> int:
-        """Return a place in the ring, waiting until the peer has read enough."""
-        until = pause_s = 0.0
-        while True:
-            try:
-                moved = self._ring.has_read(self._theirs.count)
-            except EdgeMismatch:
-                self.close()
-                raise
-            place = self._ring.reserve(size)
-            if place is not None:
-                return place
-            if moved or not until:
-                until, pause_s = time.monotonic() + deadline_s, FIRST_POLL_S
-            if time.monotonic() >= until:
-                raise TransportTimeout(f"the peer read nothing for {deadline_s:g} s")
-            if _is_gone(self._stream):
-                raise RoleLost("the peer closed the connection")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_POLL_S)
+        try:
+            return room_in(self._ring, size, lambda: self._theirs.count, self._stream, deadline_s)
+        except EdgeMismatch:
+            self.close()
+            raise
 
 
 class ShmTransport(Transport):
@@ -296,12 +280,3 @@ def _swapped(sock: socket.socket, fd: int, patience: Patience) -> int:
     if not said:
         raise RoleLost("the peer left before it gave a ring")
     raise EdgeMismatch(f"the peer gave no ring, but {said!r}")
-
-
-def _is_gone(stream: Stream) -> bool:
-    poll = select.poll()
-    try:
-        poll.register(stream.fileno(), select.POLLRDHUP | select.POLLHUP)
-    except (ValueError, OSError):  # it was closed here, meanwhile
-        return True
-    return bool(poll.poll(0))

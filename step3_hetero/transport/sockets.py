@@ -133,6 +133,16 @@ class Stream:
         return 0
 
 
+def is_gone(stream: Stream) -> bool:
+    """Say whether the peer has closed the connection, or this side has."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLRDHUP | select.POLLHUP)
+    except (ValueError, OSError):  # it was closed here, meanwhile
+        return True
+    return bool(poll.poll(0))
+
+
 def read_into(
     stream: Stream,
     view: memoryview,

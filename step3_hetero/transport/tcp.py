@@ -11,8 +11,10 @@ from crc32c import crc32c
 
 from step3_hetero.errors import ConfigError, EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.transport.base import (
+    Bytes,
     Capabilities,
     Channel,
+    CopyFailed,
     CorruptFrame,
     Frame,
     FrameLimits,
@@ -32,7 +34,7 @@ from step3_hetero.transport.framing import (
     rest_bytes,
     unpacked,
 )
-from step3_hetero.transport.lending import Bytes, Lent, aligned_buffer
+from step3_hetero.transport.lending import Lent, aligned_buffer, plain_memory
 from step3_hetero.transport.listening import SocketListener
 from step3_hetero.transport.sockets import (
     HANDSHAKE_S,
@@ -59,6 +61,8 @@ CHUNK_BYTES = 256 << 10
 class TcpChannel(Channel):
     """One connection. A received frame's parts lie in a buffer that the next one may overwrite."""
 
+    in_pieces: ClassVar[bool] = True
+
     def __init__(self, stream: Stream, limits: FrameLimits) -> None:
         self.peer = "{}:{}".format(*stream.sock.getpeername()[:2])
         stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -69,6 +73,7 @@ class TcpChannel(Channel):
         self._buffer = aligned_buffer(0, ALIGNMENT)
         self._lent: Lent | None = None
         self._sum = 0
+        self._came = 0
 
     def send(self, frame: Frame, deadline_s: float) -> None:
         """See Channel.send."""
@@ -77,15 +82,19 @@ class TcpChannel(Channel):
             raise TransportTimeout("the peer took nothing for 0 s")
         patience = Patience(deadline_s, header.payload_bytes)
         before, front, total = self._stream.sent_bytes, [memoryview(packed(header))], 0
-        groups = chunks(flat([frame.head, *frame.parts]), CHUNK_BYTES) or [[]]
+        groups = _groups(frame)
+        reached = -header.head_bytes
         try:
             for group in groups:
+                reached += sum(map(len, group))
+                if frame.ready is not None:
+                    frame.ready(reached)
                 for piece in group:
                     total = crc32c(piece, total)
                 last = [memoryview(SUM.pack(total))] if group is groups[-1] else []
                 write(self._stream, [*front, *group, *last], patience)
                 front = []
-        except TransportTimeout:
+        except (TransportTimeout, CopyFailed):
             if self._stream.sent_bytes != before:  # what would follow is no frame
                 self.close()
             raise
@@ -122,24 +131,47 @@ class TcpChannel(Channel):
         header = unpacked(fixed, rest, self._limits)
         patience, self._sum = Patience(pause_s, header.payload_bytes), 0
         head, room = memoryview(bytearray(header.head_bytes)), self._room(header.room_bytes())
-        for view in (head, *header.parts_in(room.data)):
-            read_into(self._stream, view, patience, self._add)
+        read_into(self._stream, head, patience, self._add)
+        parts = header.parts_in(room.data)  # to be written: of the same room, so that whoever
+        self._lent = Lent(room, header.parts_in)  # holds one of them holds it up too
+        if self.landing is not None:
+            self.landing.begin(header.frame(head, parts))
+        self._came = 0
+        for view in parts:
+            read_into(self._stream, view, patience, self._add_part)
         (said,) = SUM.unpack(read_bytes(self._stream, SUM.size, patience))
         if self._sum != said:
             raise CorruptFrame(f"a frame of {self.peer} does not match its checksum")
-        self._lent = Lent(room[:], header.parts_in)
         return header.frame(head, self._lent.parts)
 
     def _add(self, piece: memoryview) -> None:
         self._sum = crc32c(piece, self._sum)
+
+    def _add_part(self, piece: memoryview) -> None:
+        self._add(piece)
+        self._came += len(piece)
+        if self.landing is not None:
+            self.landing.came(self._came)
 
     def _room(self, nbytes: int) -> Bytes:
         """Return memory for a frame's parts: the same again, once nobody holds the last frame."""
         lent, buffer = self._lent, self._buffer  # another thread may close meanwhile
         is_free = lent is None or lent.is_returned()
         if not is_free or buffer.nbytes < nbytes:
-            buffer = self._buffer = aligned_buffer(nbytes, ALIGNMENT)
+            memory = plain_memory if self.landing is None else self.landing.memory
+            buffer = self._buffer = aligned_buffer(nbytes, ALIGNMENT, memory)
         return buffer[:nbytes]
+
+
+def _groups(frame: Frame) -> list[list[memoryview]]:
+    """Return head and parts in groups to be sent one after the other.
+
+    Of a frame that is still being written each part is cut for itself: the last bytes of one piece
+    must not wait for the first of the next.
+    """
+    buffers = flat([frame.head, *frame.parts])
+    apart = [buffers] if frame.ready is None else [[buffer] for buffer in buffers]
+    return [group for some in apart for group in chunks(some, CHUNK_BYTES)] or [[]]
 
 
 class TcpTransport(Transport):
@@ -186,6 +218,10 @@ class TcpTransport(Transport):
             connected(lambda left: socket.create_connection(place, left), address, deadline_s)
         )
 
+    def _channel(self, stream: Stream, limits: FrameLimits) -> Channel:
+        """Make a channel of a connection whose peer has proved the key."""
+        return TcpChannel(stream, limits)
+
     def _meeting(
         self, limits: FrameLimits, key: bytes | None, *, listens: bool
     ) -> Callable[[socket.socket], Channel]:
@@ -206,7 +242,7 @@ class TcpTransport(Transport):
             )
             try:
                 shake_hands(stream, limits, key, patience, listens=listens)
-                return TcpChannel(stream, limits)
+                return self._channel(stream, limits)
             except BaseException:
                 stream.close()
                 raise

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from step3_hetero.afd.landing import Landing
+from step3_hetero.afd.leaving import PIECE_BYTES, Leaving
+from step3_hetero.afd.parcel import parcel
 from step3_hetero.backends.ascend import copies, driver
 from step3_hetero.errors import TransportTimeout
 
@@ -93,3 +96,18 @@ def test_copy_that_does_not_end_is_told(device, monkeypatch):
     for call in (staging.copy_in, lambda host, x: staging.copy_out(x, host)):
         with pytest.raises(TransportTimeout, match=r"a copy in 0\.01 s"):
             call(torch.zeros(64, dtype=torch.uint8), x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])  # 5, 2.5 and 1.25 pieces
+def test_an_edge_takes_a_large_array_out_and_in_by_pieces(device, dtype):
+    x = np.arange(5 * PIECE_BYTES // 4).reshape(5, -1).astype(np.dtype(dtype))
+    sent = Leaving(device)
+    sent.add("u", device.from_host(x), dtype)
+    assert sent.is_pending
+    sent.wait()
+    np.testing.assert_array_equal(sent["u"], x)
+    landing = Landing(device, (1,))
+    landing.begin(parcel(1, 0, 0, {}, {"u": x}))
+    landing.came(x.nbytes)
+    (landed,) = landing.taken({"u": x}).values()
+    np.testing.assert_array_equal(device.to_host(landed.there()), x)

@@ -98,7 +98,7 @@ A_KEY = "run.yaml:7: roles.a.emulate"
         (F_CARD, "", "run.yaml:11: missing key 'card' in roles.f.emulate"),
         (F_CARD, F_CARD + "      loss: 0.1\n",
          "run.yaml:13: unknown key 'loss' in roles.f.emulate; keys: card, memory, slow, latency_s, "
-         "bytes_per_s, corrupt_every, cut_every"),
+         "bytes_per_s, copy_bytes_per_s, corrupt_every, cut_every"),
         ("      memory: 0.001", "      cut_every: 0",
          "run.yaml:13: roles.f.emulate.cut_every: 0 is too small; from 1"),
         ("      memory: 0.001", "      corrupt_every: 9",

@@ -11,7 +11,7 @@ from emulate.cards import card
 from step3_hetero.backend import Stage
 from step3_hetero.emulate.device import EmulatedDevice, SlowStage
 from step3_hetero.emulate.link import Link, travel
-from step3_hetero.errors import PlacementError, UnsupportedOp
+from step3_hetero.errors import PlacementError, TransportTimeout, UnsupportedOp
 from step3_hetero.graph import build_graph
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.model.config import ModelConfig
@@ -181,3 +181,31 @@ def test_bytes_between_two_devices_of_one_process_take_their_time(monkeypatch):
     for ends in ((slow, plain), (plain, slow), (slow, slow), (plain, plain)):
         travel(*ends, 250_000)
     assert clock.slept == [0.375, 0.375, 0.5]
+
+
+def test_a_copy_takes_its_time_and_brings_nothing_before_it_is_waited_for():
+    rate = 1e6
+    slow, x = device(copy_bytes_per_s=rate), np.arange(5000, dtype=np.float32)
+    host, start = np.zeros_like(x), time.monotonic()
+    held = slow.empty(x.shape, "float32")
+    events = [slow.copy_in(x[part], held[part]) for part in (slice(0, 4000), slice(4000, 5000))]
+    with pytest.raises(TransportTimeout, match="did not end within"):
+        events[0].wait(0.001)
+    events[1].wait(10)  # the one before it has passed too, but not been seen
+    assert time.monotonic() - start >= x.nbytes / rate
+    events[0].wait(10)
+    np.testing.assert_array_equal(slow.to_host(held), x)
+    start = time.monotonic()
+    out = slow.copy_out(held, host)
+    assert not host.any()
+    out.wait(10)
+    out.wait(10)
+    np.testing.assert_array_equal(host, x)
+    np.testing.assert_array_equal(slow.to_host(slow.from_host(x)), x)
+    assert time.monotonic() - start >= 3 * x.nbytes / rate
+
+
+def test_fp8_is_no_more_made_on_a_card_without_it_than_sent_to_it():
+    without = device("ascend-910b")
+    with pytest.raises(UnsupportedOp, match="holds no float8_e4m3fn"):
+        without.empty((2,), "float8_e4m3fn")

@@ -43,7 +43,7 @@ def test_check_shows_the_cards_and_says_that_they_are_emulated():
     assert (a["memory_bytes"], f["memory_bytes"]) == (80_000_000, 64_000_000)
     assert f["emulated"] == {
         "card": "ascend-910b", "memory": 0.001, "slow": 2.0, "latency_s": 0.0005,
-        "bytes_per_s": 2.5e7, "corrupt_every": None, "cut_every": None,
+        "bytes_per_s": 2.5e7, "copy_bytes_per_s": None, "corrupt_every": None, "cut_every": None,
     }  # fmt: skip
     assert (f["weights"], f["requantised"]["to"]) == ("int8", "int8")
     shown = run("check", EMULATED)

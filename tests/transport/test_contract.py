@@ -6,6 +6,7 @@ import select
 import signal
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from step3_hetero.transport.base import Frame, FrameLimits
 from step3_hetero.transport.registry import get_transport, transport_names
 
 LIMITS = FrameLimits(1 << 16, 1 << 24, 8)
-NAMES = ("inproc", "shm", "tcp")
-APART = ("shm", "tcp")
+NAMES = ("inproc", "nixl", "shm", "tcp")
+APART = ("nixl", "shm", "tcp")
 
 
 @pytest.fixture(params=NAMES)
 def name(request):
+    if request.param == "nixl" and find_spec("nixl") is None:
+        pytest.skip("the package nixl is not installed: make test-nixl")
     return request.param
 
 
@@ -41,8 +44,8 @@ def content(frame):
     return (frame.kind, frame.epoch, frame.seq, bytes(frame.head), [bytes(p) for p in frame.parts])
 
 
-def test_the_three_are_registered():
-    assert transport_names() == ["inproc", "shm", "tcp"]
+def test_the_four_are_registered():
+    assert transport_names() == ["inproc", "nixl", "shm", "tcp"]
 
 
 def test_frames_arrive_whole_once_and_in_order(ends):

@@ -1,0 +1,103 @@
+"""Arrays on their way from a device to a channel: large ones in pieces, sent as they come."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+import ml_dtypes  # noqa: F401  registers bfloat16 and float8 under their names
+import numpy as np
+
+from step3_hetero.backend import Array, Device, Event
+from step3_hetero.errors import Step3HeteroError
+from step3_hetero.specs import HostArray
+from step3_hetero.transport.base import CopyFailed
+
+PIECE_BYTES = 512 << 10
+"""Of a copy between device and host: some 20 us of a PCIe link of 25 GB/s (not measured), several
+times what starting it takes; the activations of 128 tokens of Step-3 in bfloat16 are four. A
+multiple of what tcp and shm look for at a time."""
+
+COPY_S = 60.0
+"""How long a piece may take, with the kernels before it: a prompt's whole step takes seconds."""
+
+
+def is_apart(device: Device) -> bool:
+    """Say whether the host cannot read a device's memory, so that it takes copies at all."""
+    return device.info.memory_domain != "host"
+
+
+def is_large(nbytes: int) -> bool:
+    """Say whether an array is cut: a single piece would wait for itself."""
+    return nbytes > PIECE_BYTES
+
+
+def pieces(nbytes: int, itemsize: int) -> Iterator[slice]:
+    """Cut an array's items, laid in a row, into pieces of ``PIECE_BYTES``.
+
+    >>> list(pieces(3 << 18, 2))
+    [slice(0, 262144, None), slice(262144, 393216, None)]
+    """
+    step, count = PIECE_BYTES // itemsize, nbytes // itemsize
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+class Leaving(dict[str, HostArray]):
+    """Arrays on the host by name, in the order in which they travel.
+
+    Those larger than a piece may be incomplete until ``ready``, or ``wait``, has returned: their
+    copies go on meanwhile, and what they are copied from must stay as it is.
+    """
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self._device = device
+        self._is_apart = is_apart(device)
+        self._nbytes = 0
+        self._started: deque[tuple[int, Event]] = deque()  # where a piece begins, and its end
+        self._waiting = threading.Lock()
+
+    def add(self, name: str, x: Array, dtype: str) -> None:
+        """Fetch an array of the device, which has this dtype; start to, if it is large."""
+        kind = np.dtype(dtype)
+        nbytes = math.prod(x.shape) * kind.itemsize
+        if self._is_apart and is_large(nbytes):
+            self[name] = self._start(x, kind, nbytes)
+        else:
+            self[name] = self._device.to_host(x)
+        self._nbytes += self[name].nbytes
+
+    @property
+    def is_pending(self) -> bool:
+        """Say whether a copy has been started that nobody has waited for."""
+        return bool(self._started)
+
+    def ready(self, nbytes: int) -> None:
+        """Return once the first ``nbytes`` of the arrays are there; see ``transport.base.Ready``.
+
+        Raises:
+            CopyFailed: the device did not copy them.
+        """
+        with self._waiting:
+            while self._started and self._started[0][0] < nbytes:
+                try:
+                    self._started[0][1].wait(COPY_S)
+                except (Step3HeteroError, RuntimeError) as cause:  # torch's are RuntimeErrors
+                    name = self._device.info.name
+                    raise CopyFailed(f"{name} did not copy what is to be sent: {cause}") from cause
+                self._started.popleft()
+
+    def wait(self) -> None:
+        """Return once all is there. Raises as ``ready``."""
+        self.ready(self._nbytes)
+
+    def _start(self, x: Array, kind: np.dtype[np.generic], nbytes: int) -> HostArray:
+        host: HostArray = self._device.host_buffer(nbytes)[:nbytes].view(kind)
+        flat = x.reshape(-1)
+        for piece in pieces(nbytes, kind.itemsize):
+            event = self._device.copy_out(flat[piece], host[piece])
+            self._started.append((self._nbytes + piece.start * kind.itemsize, event))
+        return host.reshape(x.shape)
