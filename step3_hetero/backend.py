@@ -250,12 +250,6 @@ class Device(ABC):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Return an array of any content."""
 
-    def copied(self, x: Array, dtype: str) -> Array:
-        """Copy ``x``, which has this dtype: what a stage gives lasts until its next run."""
-        copy = self.empty(x.shape, dtype)
-        copy[...] = x
-        return copy
-
     @abstractmethod
     def owns(self, x: Any) -> bool:
         """Say whether ``x`` is an array in this device's memory."""

@@ -65,6 +65,13 @@ def deliver(results: Named, out: Named | None) -> Named:
     return out
 
 
+def copied(device: Device, x: Array, dtype: str) -> Array:
+    """Copy ``x``, which has this dtype: what a stage gives lasts until its next run."""
+    copy = device.empty(x.shape, dtype)
+    copy[...] = x
+    return copy
+
+
 class Embed(ComposedStage):
     """token_ids -> x, with image rows in place of their tokens."""
 

@@ -14,6 +14,7 @@ from step3_hetero.afd.ranks import Reduction
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Called
 from step3_hetero.backend import BatchMeta, KVCache
+from step3_hetero.composed import copied
 from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.specs import HostArray
@@ -116,7 +117,7 @@ class Follower(Called):
         inputs = Wire().to_device(loaded.device, message.arrays, takes, message.landed)
         loaded.stage.plan(batch.meta)
         x = loaded.stage.run({"x": batch.x, **inputs})["x"]
-        batch.x = loaded.device.copied(x, self._dtype)
+        batch.x = copied(loaded.device, x, self._dtype)
         if loaded.node.name == self._last:
             del self._underway[message.seq]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from step3_hetero.backend import Array, BatchMeta, Device
+from step3_hetero.composed import copied
 from step3_hetero.emulate.link import travel
 from step3_hetero.graph import Edge, GraphStage, StageGraph
 from step3_hetero.runtime.clocks import StageClock
@@ -130,7 +131,7 @@ class Program:
         """Copy what waits: other passes run the same stages during a pause, over their results."""
         for target, inputs in wires.items():
             device, dtypes = self._device(target), self._takes[target]
-            inputs.update({name: device.copied(x, dtypes[name]) for name, x in inputs.items()})
+            inputs.update({name: copied(device, x, dtypes[name]) for name, x in inputs.items()})
 
     def _device(self, stage: str) -> Device:
         loaded = self._stages.get(stage)

@@ -186,7 +186,7 @@ def test_a_leader_begins_nothing_before_its_ranks_are_there_and_then_in_order():
         yield SimpleNamespace(node=GRAPH.by_name["ffn[4]"], inputs={})
 
     program = SimpleNamespace(
-        run=lambda batch: passing(), timeline=None, home=None,
+        run=lambda batch: passing(), timeline=None, home=get_backend("reference").open(0),
         clock=SimpleNamespace(add=lambda *a: None),
         forget_image=lambda key: heard.append("forget"),
     )  # fmt: skip
