@@ -14,7 +14,7 @@ BENCHES = {
     "transport": "round trips of an A2F and an F2A, beside pyzmq and a pipe",
     "afd": "decode speed with attention and FFN in processes of their own, beside colocated",
     "startup": "time of step3-hetero --help",
-    "planner": "planning time from 64 to a million cards; --generate: predicted beside measured",
+    "planner": "planning time from 16 to a million cards; --generate: predicted beside measured",
 }
 """Each bench and what it measures; ``python -m bench.NAME --help`` says more."""
 
