@@ -277,7 +277,7 @@ APART = ("runtime.processes=per-role", "transport.kind=tcp")
     ("overrides", "want"),
     [
         (("roles.f.hosts=[x:1, y:2]",),
-         "roles.f.hosts: expected 1 addresses, got 2 (instances + spares)"),
+         "roles.f.hosts: expected instances + spares = 1, got 2 addresses"),
         (("roles.f.hosts=[]",), "--set roles.f.hosts=[]: roles.f.hosts: is empty"),
         (("roles.f.hosts=[x:1]", "transport.kind=inproc"),
          "roles.f.hosts: inproc reaches no other process; use tcp, or shm here"),

@@ -14,18 +14,21 @@ def transport_of(config: Config) -> Transport:
     """Return the transport of a config, under TLS if it names certificates.
 
     Raises:
-        ConfigError: the transport has no TLS, a file is missing or cannot be read, others may read
-            the private key, or one of certificate and key is named without the other.
+        ConfigError: what the transport needs is not installed, it has no TLS, a file is missing or
+            cannot be read, others may read the private key, or one of certificate and key is named
+            without the other.
     """
-    transport, files = get_transport(config.transport.kind), tls_files(config)
-    if files is None:
-        return transport
-    if not transport.capabilities.encrypts:
-        raise config.error(
-            "transport.tls_cert",
-            f"transport {transport.name!r} has no TLS; leave it out, or use tcp",
-        )
-    return transport.secured(files)
+    transport, said = get_transport(config.transport.kind), config.transport
+    if (why := transport.why_unavailable()) is not None:
+        raise config.error("transport.kind", why)
+    for key in ("tls_cert", "tls_key", "tls_ca"):
+        if getattr(said, key) is not None and not transport.capabilities.encrypts:
+            raise config.error(
+                f"transport.{key}",
+                f"transport {transport.name!r} has no TLS; leave it out, or use tcp",
+            )
+    files = tls_files(config)
+    return transport if files is None else transport.secured(files)
 
 
 def tls_files(config: Config) -> TlsFiles | None:

@@ -56,6 +56,8 @@ def command(
         from step3_hetero.afd.local import serve_role
 
         read, given = _given(config, overrides)
+        if read.runtime.processes != "per-role":
+            raise read.error("runtime.processes", "one has no roles to start; set it to per-role")
 
     def say(**facts: Any) -> None:
         if report is not None:

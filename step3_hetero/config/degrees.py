@@ -28,7 +28,7 @@ def degree_problems(config: Config, name: str, document: Document) -> Iterator[P
     if "attention" in kinds and role.tp > 1 and config.transport.kind == "inproc":
         message = f"roles.{name}.tp: {role.tp} of attention is not available yet over inproc"
         place = document.place(("roles", name, "tp"))
-        yield Problem(place, f"{message}: ranks are processes of their own; use shm or tcp")
+        yield Problem(place, f"{message}: ranks are processes of their own; use shm, tcp or nixl")
     for degree, why in refused.items() if kinds != {"ffn"} else ():
         if why and getattr(role, degree) > 1:
             message = f"roles.{name}.{degree}: {getattr(role, degree)} is not available yet"

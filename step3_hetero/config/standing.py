@@ -27,14 +27,16 @@ def standing_problems(config: Config, name: str, document: Document) -> Iterator
             yield problem("hosts", f"a list refused; leave it out {alone}")
         return
     if role.spares and role.ep * role.tp > 1:
-        yield problem("spares", f"{role.spares} with ep or tp above 1 is not available yet")
+        said = f"{role.spares} with ep or tp above 1 is not available yet; use 0"
+        yield problem("spares", said)
     if role.hosts is None:
+        return
+    if role.tp > 1:
+        yield problem("hosts", "a list with tp above 1 is not available yet; leave it out")
         return
     wanted = role.instances + role.spares
     if len(role.hosts) != wanted:
-        said = f"expected {wanted} addresses, got {len(role.hosts)} (instances + spares)"
+        said = f"expected instances + spares = {wanted}, got {len(role.hosts)} addresses"
         yield problem("hosts", said)
-    if role.tp > 1:
-        yield problem("hosts", "with tp above 1 is not available yet")
     if config.transport.kind == "inproc":
         yield problem("hosts", "inproc reaches no other process; use tcp, or shm here")

@@ -129,6 +129,8 @@ def open_image(
         raise RequestError(f"{name}: no picture of a known format; known: {known}") from cause
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
         raise RequestError(f"{name}: too large, limit {max_pixels} pixels: {cause}") from cause
+    except OSError as cause:
+        raise RequestError(f"{name}: cannot be read: {cause.strerror or cause}") from cause
     except Exception as cause:  # on damaged bytes Pillow may raise almost anything
         raise RequestError(f"{name}: cannot be read: {cause}") from cause
 

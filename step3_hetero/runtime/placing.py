@@ -184,8 +184,10 @@ class Placement:
         """Return how many processes share the stages at an edge's sharded end: each carries it.
 
         A2F goes whole to every member of a set, and a partial sum of the whole F2A comes from each.
+        Of the ranks of an attention instance the first one calls, and is answered.
         """
-        return max(self.roles[source].sharers, self.roles[target].sharers)
+        ends = (self.roles[source], self.roles[target])
+        return max(1 if role.heads_split else role.sharers for role in ends)
 
     def edge_bytes(self, edge: Edge) -> int:
         """Return the bytes of one token on an edge, as the activations' dtype has them."""

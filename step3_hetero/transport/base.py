@@ -203,6 +203,14 @@ class Transport(ABC):
             f"transport {self.name!r} has no TLS: leave out transport.tls_*, or use tcp"
         )
 
+    def why_unavailable(self) -> str | None:
+        """Say what it needs and this machine lacks; None: nothing."""
+        return None
+
+    def why_no_address(self, address: str) -> str | None:
+        """Say why nobody can listen at such an address; None: somebody may."""
+        return None
+
     @abstractmethod
     def listen(self, address: str, limits: FrameLimits, key: bytes | None = None) -> Listener:
         """Listen at an address of this transport; empty: one that is free on this machine.
@@ -223,3 +231,12 @@ class Transport(ABC):
             RoleLost: who listened there is gone.
             EdgeMismatch: the peer speaks another version, has other limits, or refuses the key.
         """
+
+
+def refusal(call: Callable[..., object], *arguments: object) -> str | None:
+    """Return what the ConfigError of a call says; None if it raises none."""
+    try:
+        call(*arguments)
+    except ConfigError as refused:
+        return str(refused)
+    return None

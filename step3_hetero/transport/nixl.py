@@ -28,6 +28,7 @@ from step3_hetero.transport.base import (
     Listener,
     TlsFiles,
     Transport,
+    refusal,
 )
 from step3_hetero.transport.framing import (
     ALIGNMENT,
@@ -249,6 +250,10 @@ class NixlTransport(TcpTransport):
 
     def __init__(self) -> None:
         super().__init__()
+
+    def why_unavailable(self) -> str | None:
+        """See Transport.why_unavailable."""
+        return refusal(bindings)
 
     def secured(self, tls: TlsFiles) -> Transport:
         """Refuse: what NIXL writes is not encrypted."""

@@ -24,6 +24,7 @@ from step3_hetero.transport.base import (
     FrameLimits,
     Listener,
     Transport,
+    refusal,
 )
 from step3_hetero.transport.framing import (
     ALIGNMENT,
@@ -183,6 +184,10 @@ class ShmTransport(Transport):
 
     name: ClassVar[str] = "shm"
     capabilities: ClassVar[Capabilities] = Capabilities(False, 1, True)
+
+    def why_no_address(self, address: str) -> str | None:
+        """See Transport.why_no_address."""
+        return refusal(_abstract, address)
 
     def listen(self, address: str, limits: FrameLimits, key: bytes | None = None) -> Listener:
         """See Transport.listen. Only processes of the same user are let in."""

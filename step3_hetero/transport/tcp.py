@@ -21,6 +21,7 @@ from step3_hetero.transport.base import (
     Listener,
     TlsFiles,
     Transport,
+    refusal,
 )
 from step3_hetero.transport.framing import (
     ALIGNMENT,
@@ -186,6 +187,10 @@ class TcpTransport(Transport):
     def secured(self, tls: TlsFiles) -> Transport:
         """See Transport.secured."""
         return TcpTransport(tls)
+
+    def why_no_address(self, address: str) -> str | None:
+        """See Transport.why_no_address."""
+        return refusal(split, address)
 
     def listen(self, address: str, limits: FrameLimits, key: bytes | None = None) -> Listener:
         """See Transport.listen."""

@@ -1,6 +1,7 @@
 """The files of ``transport.tls_*``: named by the key that is wrong, never left out in silence."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def test_files_are_found_beside_the_config(folder):
 def test_what_would_be_no_tls_is_refused_by_its_key(folder, keys, said):
     with pytest.raises(ConfigError, match=said):
         transport_of(config(folder, **keys))
+
+
+def test_nixl_is_refused_by_its_key_before_a_role_starts(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    with pytest.raises(ConfigError, match=r"transport\.kind: transport 'nixl' needs the package"):
+        transport_of(config(folder, kind="nixl"))
 
 
 def test_roles_in_processes_talk_under_tls(tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def test_roles_that_stand_form_a_new_group_for_every_front(command, write_config
         ({**APART, "roles__a__tp": 3}, r"roles\.a\.tp: 3 refused: attention\[0\] has 4 query"),
         ({"roles__a__tp": 2}, r"roles\.a\.tp: 2 refused; allowed: 1 with runtime\.processes: one"),
         ({**APART, **TWO, "roles__a__spares": 1}, r"spares: 1 with ep or tp above 1 is not"),
-        ({**APART, **TWO, "roles__a__hosts": ["x"]}, r"hosts: with tp above 1 is not available"),
+        ({**APART, **TWO, "roles__a__hosts": ["x"]}, r"hosts: a list with tp above 1 is not"),
         ({**APART, **TWO, "roles__a__devices": [0]}, r"devices: expected 2, got 1"),
         ({**APART, **TWO, "transport__kind": "inproc"}, r"tp: 2 of attention .* over inproc: rank"),
     ],

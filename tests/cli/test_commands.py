@@ -276,18 +276,6 @@ def test_check_as_json_counts_the_bytes(succeed, digits):
     assert found["here"] is None
 
 
-def test_check_says_that_every_member_of_a_set_is_sent_an_edge(succeed, digits):
-    cut = ("runtime.processes=per-role", "roles.f.instances=4", "roles.f.ep=2", "roles.f.tp=2")
-    asked = ("check", digits, *(part for key in cut for part in ("--set", key)))
-    for edge in succeed(*asked, "--json").json["crossing"]:
-        once = {"A2F": 816, "F2A": 768}[edge["kind"]]
-        assert (edge["bytes_per_token"], edge["members"]) == (once, 4)
-        assert edge["sent_bytes_per_token"] == 4 * once
-    text = succeed(*asked).out
-    assert re.search(r"A2F +a +f +2 +816 B +4 +3\.3 kB", text)
-    assert re.search(r"F2A +f +a +2 +768 B +4 +3\.1 kB", text)
-
-
 def test_check_shows_that_one_line_moves_a_stage(succeed, digits):
     found = succeed("check", digits, "--set", "roles.f.backend=cpu").out
     assert "no edge crosses between devices" in found
