@@ -85,7 +85,10 @@ def check_answer(
             if name not in arrays:
                 raise EdgeMismatch(f"{node.name}: {spec.name} of codes answered without {name}")
             _check(node.name, name, arrays[name], ["float32"], runs)
-        lengths = {name: len(arrays[name]) for name in arrays if name.startswith(spec.name)}
+        elif f"{spec.name}.scale" in arrays:
+            raise EdgeMismatch(f"{node.name}: {spec.name} {x.dtype.name} answered with a scale")
+        ours = (spec.name, f"{spec.name}.scale")
+        lengths = {name: len(arrays[name]) for name in ours if name in arrays}
         if set(lengths.values()) != {len(x) if tokens is None else tokens}:
             raise EdgeMismatch(f"{node.name}: rows {lengths} answered; asked for {tokens}")
 

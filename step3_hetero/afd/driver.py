@@ -71,12 +71,15 @@ class Driver:
         f2a: Wire,
         number: int = 0,
         ranks: Ranks | None = None,
+        label: str = "",
     ) -> None:
-        """``number`` is the instance's; ``ranks`` are the others, where it has several."""
+        """``number`` is the instance's, ``label`` its process's name; ``ranks`` are the others,
+        where it has several."""
         self._number = number
         self._ranks = ranks
         self._held: deque[Message] = deque()
         self._role = role_of["embed"]
+        self._label = label or f"{self._role}:{number}"
         self._program = program
         self._caches = caches
         self._role_of = role_of
@@ -125,13 +128,15 @@ class Driver:
             return False
         if message.kind == Kind.STOP:
             return False
-        with said_by("the front"):
-            if message.kind == Kind.PEERS:
-                for role, addresses in peers_of(message.said, self._called).items():
-                    self._called[role].point(addresses)
-            elif message.kind != Kind.BEAT:
-                self._held.append(message)
-            while self._held and (self._ranks is None or self._ranks.is_whole):
+        if message.kind == Kind.PEERS:
+            with said_by("the front"):
+                peers = peers_of(message.said, self._called)
+            for role, addresses in peers.items():  # what those who listen there say is theirs
+                self._called[role].point(addresses)
+        elif message.kind != Kind.BEAT:
+            self._held.append(message)
+        while self._held and (self._ranks is None or self._ranks.is_whole):
+            with said_by("the front"):
                 self._obey(front, self._held.popleft())
         return True
 
@@ -278,5 +283,5 @@ class Driver:
     def _paces(self) -> list[list[Any]]:
         """Return the clock of every member that is called, and of this instance, for a message."""
         self._told_s = time.monotonic()
-        own = self._program.clock.only(self._role, KINDS, f"{self._role}:{self._number}")
+        own = self._program.clock.only(self._role, KINDS, self._label)
         return [*self._members.to_wire(), *own.to_wire()]

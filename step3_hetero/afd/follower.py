@@ -9,7 +9,7 @@ from typing import Any
 
 from step3_hetero.afd.asked import taken
 from step3_hetero.afd.link import Link, Message
-from step3_hetero.afd.messages import Kind, meta_of, pairs_of
+from step3_hetero.afd.messages import Kind, meta_of, pairs_of, whole_of
 from step3_hetero.afd.ranks import Reduction
 from step3_hetero.afd.wire import Wire
 from step3_hetero.afd.worker import Called
@@ -90,7 +90,9 @@ class Follower(Called):
         if message.kind == Kind.BEAT:
             return lambda: None
         if message.kind == Kind.MEET and link.name == self._leader:
-            return partial(self._meet, link, str(said["address"]), int(said["epoch"]))
+            address = str(said["address"])
+            int(address.rpartition(":")[2])  # a port, before the work begins
+            return partial(self._meet, link, address, whole_of(said, "epoch"))
         if link is not self._link:
             raise EdgeMismatch(
                 f"{link.name} does not lead here; {self._leader} does, once it meets"

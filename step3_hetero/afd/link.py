@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from step3_hetero.afd.landing import Landed, Landing
-from step3_hetero.afd.leaving import is_apart
+from step3_hetero.afd.leaving import PIECE_BYTES, is_apart
 from step3_hetero.afd.messages import Kind, Said
 from step3_hetero.afd.outbox import Outbox
 from step3_hetero.afd.parcel import parcel, unpacked
@@ -125,8 +125,9 @@ class Link:
         return self._outbox is None or self._outbox.flush(deadline_s)
 
     def _send(self, frame: Frame) -> None:
-        if frame.ready is not None and not self.channel.in_pieces:
-            frame.ready(sum(map(nbytes, frame.parts)))
+        if frame.ready is not None:  # the first piece waits for kernels: signs of life go on
+            total = sum(map(nbytes, frame.parts))
+            frame.ready(min(PIECE_BYTES, total) if self.channel.in_pieces else total)
         with self._sending:
             self.channel.send(frame, SEND_DEADLINE_S)
 

@@ -243,7 +243,15 @@ def _lead(
         for role in elsewhere
     }
     driver = Driver(
-        program, caches, settings.role_of, remotes, settings.a2f, settings.f2a, number, ranks
+        program,
+        caches,
+        settings.role_of,
+        remotes,
+        settings.a2f,
+        settings.f2a,
+        number,
+        ranks,
+        settings.label,
     )
     try:
         driver.serve(front, service.is_over)

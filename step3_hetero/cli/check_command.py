@@ -32,7 +32,7 @@ Examples:
 def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show placement, edges and bytes of a config, without any hardware.
 
-    A plan that this build cannot run yet is held against the cards of the catalogue.
+    A plan is held against the cards of the catalogue.
     """
     from step3_hetero.config import Config
     from step3_hetero.placement.plan_check import check_plan, only_planned

@@ -13,10 +13,11 @@ from step3_hetero.afd.messages import Kind, batch_parcel, meta_arrays
 from step3_hetero.afd.ranks import Ranks, Reduction
 from step3_hetero.afd.wire import Wire
 from step3_hetero.backend import BatchMeta
-from step3_hetero.errors import RoleLost, TransportTimeout
+from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.graph import build_graph
 from step3_hetero.model.config import step3
 from step3_hetero.registry import get_backend
+from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.microbatch import Choice, MicroBatch
 from step3_hetero.transport.base import CorruptFrame
@@ -140,6 +141,8 @@ def test_what_a_lost_leader_had_under_way_is_forgotten_and_the_group_left(follow
         (Kind.COPY, {"pairs": [[1]]}, {}),
         (Kind.COPY, {}, {}),
         (Kind.MEET, {"address": "127.0.0.1:9"}, {}),
+        (Kind.MEET, {"address": "127.0.0.1:9", "epoch": float("inf")}, {}),
+        (Kind.MEET, {"address": "nowhere", "epoch": 2}, {}),
         (Kind.FORGET, {}, {}),
     ],
 )
@@ -281,3 +284,23 @@ def test_rank_0_ends_when_another_rank_is_gone(ranks, how):
     leads.read(links["a:5"])
     with pytest.raises(RoleLost, match="a:5 is gone, its instance begins anew"):
         leads.read(links["a:5"])
+
+
+def test_what_rank_0_measures_is_told_of_its_process_and_not_of_its_instance():
+    clock = StageClock()
+    clock.add("a", "attention", 1.0)
+    program = SimpleNamespace(clock=clock)
+    driver = Driver(program, [], {"embed": "a"}, {}, Wire(), Wire(), 1, Others(), "a:2")
+    assert [entry[:2] for entry in driver._paces()] == [["a:2", "attention"]]
+
+
+def test_what_another_role_refuses_is_not_said_to_come_from_the_front():
+    def point(addresses):
+        raise EdgeMismatch("f:0 and a:0 do not agree")
+
+    front = Rank0("front")
+    front.messages = [Message(Kind.PEERS, 0, 0, {"peers": {"f": {"0": "x"}}}, {})]
+    remotes = {"f": SimpleNamespace(links=[], lost=list, point=point)}
+    driver = Driver(SimpleNamespace(), [], {"embed": "a"}, remotes, Wire(), Wire())
+    with pytest.raises(EdgeMismatch, match=r"^f:0 and a:0"):
+        driver._from_front(front)

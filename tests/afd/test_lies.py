@@ -160,6 +160,10 @@ ANSWERS = {
         "y": np.zeros((2, 4), np.int8),
         "y.scale": np.zeros((3, 1), np.float32),
     },
+    "a scale beside no codes": {
+        "y": np.zeros((2, 4), np.float32),
+        "y.scale": np.zeros((2, 3, 5), np.int32),
+    },
 }
 
 
@@ -173,6 +177,7 @@ def test_answers_that_fit_are_taken():
     check_answer(FFN, 2, {"y": np.zeros((2, 4), np.float32)}, Wire())
     codes = {"y": np.zeros((2, 4), np.int8), "y.scale": np.zeros((2, 1), np.float32)}
     check_answer(FFN, 2, codes, Wire("int8"))
+    check_answer(FFN, 2, codes | {"y.more": np.zeros((), np.float32)}, Wire("int8"))
 
 
 RESULT_SAID = {

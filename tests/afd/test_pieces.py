@@ -310,3 +310,38 @@ def test_pieces_cover_an_array_once():
         covered = np.concatenate([np.arange(nbytes // itemsize)[piece] for piece in cut])
         np.testing.assert_array_equal(covered, np.arange(nbytes // itemsize))
         assert all((p.stop - p.start) * itemsize <= PIECE_BYTES for p in cut)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "shm"])
+def test_signs_of_life_go_on_while_kernels_come_before_the_first_piece(kind):
+    go = threading.Event()
+
+    class Slow(Leaving):
+        is_pending = True
+
+        def ready(self, nbytes):
+            if nbytes > 0 and not go.wait(GIVE_UP_S):
+                raise CopyFailed("never")
+
+    transport = get_transport(kind)
+    listener, met = transport.listen("", LIMITS), []
+    accepting = threading.Thread(target=lambda: met.append(listener.accept(GIVE_UP_S)))
+    accepting.start()
+    here = Link(transport.connect(listener.address, LIMITS, GIVE_UP_S), "f:0")
+    accepting.join()
+    there = Link(met[0], "a:0")
+    sent = Slow(get_backend("reference").open(0))
+    sent["u"] = np.ones((ROWS, HIDDEN), np.float32)
+    here.post(Kind.CALL, 1, {}, sent)
+    try:
+        time.sleep(0.05)  # the outbox has begun
+        for _ in range(3):
+            here.beat()
+            assert there.receive(1.0).kind == Kind.BEAT
+        go.set()
+        assert there.receive(GIVE_UP_S).kind == Kind.CALL
+    finally:
+        go.set()
+        here.close()
+        there.close()
+        listener.close()
