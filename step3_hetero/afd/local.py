@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from step3_hetero.afd.addresses import check_addresses
 from step3_hetero.afd.contract import Contract, edge_contract, part_bytes
 from step3_hetero.afd.drain import Drain
 from step3_hetero.afd.elsewhere import Standing, Threads
@@ -106,6 +107,7 @@ def executor(
         EdgeMismatch, RoleLost, TransportTimeout: a role did not come up.
     """
     config, placement = resolved.config, resolved.placement
+    check_addresses(config)
     transport, key = transport_of(config), shared_key(config)
     allowed, deadline_s = frame_limits(resolved), config.transport.deadline_s
     standing = {name: role.hosts for name, role in config.roles.items() if role.hosts}

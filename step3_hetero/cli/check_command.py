@@ -34,6 +34,7 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
 
     A plan is held against the cards of the catalogue.
     """
+    from step3_hetero.afd.addresses import check_addresses
     from step3_hetero.config import Config
     from step3_hetero.placement.plan_check import check_plan, only_planned
     from step3_hetero.runtime.resolving import open_devices, resolve
@@ -42,6 +43,7 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
     if only_planned(read) and not here:
         _show_plan(check_plan(read), as_json)
         return
+    check_addresses(read)
     resolved = resolve(read)
     if here:
         open_devices(resolved)

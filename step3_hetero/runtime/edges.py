@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from step3_hetero.config import Config
 from step3_hetero.emulate.asked import links_from
 from step3_hetero.runtime.placing import DTYPE, KV_DTYPE, Placement, RolePlan
-from step3_hetero.transport.registry import get_transport
 
 WIRE_KEY = {"A2F": "a2f_dtype", "F2A": "f2a_dtype"}
 """The key of ``transport`` that says in which dtype an edge of this kind travels."""
@@ -20,11 +19,9 @@ def check_edges(config: Config, placement: Placement) -> None:
     """Refuse what the two ends of an edge cannot both do.
 
     Raises:
-        ConfigError: an address that is none of the transport's, a wire dtype that one end lacks, an
-            emulated link that is as slow as silence, or two roles that say different things of one
-            emulated card.
+        ConfigError: a wire dtype that one end lacks, an emulated link that is as slow as silence,
+            or two roles that say different things of one emulated card.
     """
-    _check_addresses(config)
     _check_cards(config, placement)
     for kind, key in WIRE_KEY.items():
         dtype = getattr(config.transport, key)
@@ -32,14 +29,6 @@ def check_edges(config: Config, placement: Placement) -> None:
             _check_wire(config, role, key, dtype)
     for name in placement.roles:
         links_from(config, name)
-
-
-def _check_addresses(config: Config) -> None:
-    for name, role in config.roles.items():
-        for address in role.hosts or ():
-            why = get_transport(config.transport.kind).why_no_address(address)
-            if why is not None:
-                raise config.error(f"roles.{name}.hosts", why)
 
 
 def _ends(placement: Placement, kind: str) -> Iterator[RolePlan]:
