@@ -65,7 +65,7 @@ conformance: $(VENV)/.dev ## certify BACKEND (cpu) in full, some minutes, and re
 bench: $(VENV)/.dev ## time the backends on this machine
 	@$(BIN)/python -m bench
 
-faults: $(VENV)/.dev ## a hundred rounds of random faults with 64 requests under way, some 20 minutes
+faults: $(VENV)/.dev ## a hundred rounds of random faults with 64 requests under way, some 12 minutes
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.run
 
 cuda-gate: $(VENV)/.dev ## compile every CUDA kernel for sm_80 and sm_90, without a card
