@@ -55,8 +55,12 @@ STALL_S = 2.0
 BUFFER_BYTES = 4 << 20
 """Asked of the kernel for each direction; it may give less."""
 
-CHUNK_BYTES = 256 << 10
-"""Summed and handed to the kernel at a time, so that the sums are made while bytes travel."""
+CHUNK_BYTES = 4 << 20
+"""Summed and handed to the kernel at a time. Smaller ones would overlap sums and wire, but the
+receiver falls asleep at every gap: waking it takes longer than the sum of a chunk."""
+
+READY_BYTES = 256 << 10
+"""The same of a frame that is still being written: what is there goes."""
 
 
 class TcpChannel(Channel):
@@ -171,8 +175,9 @@ def _groups(frame: Frame) -> list[list[memoryview]]:
     must not wait for the first of the next.
     """
     buffers = flat([frame.head, *frame.parts])
-    apart = [buffers] if frame.ready is None else [[buffer] for buffer in buffers]
-    return [group for some in apart for group in chunks(some, CHUNK_BYTES)] or [[]]
+    if frame.ready is None:
+        return chunks(buffers, CHUNK_BYTES) or [[]]
+    return [group for buffer in buffers for group in chunks([buffer], READY_BYTES)] or [[]]
 
 
 class TcpTransport(Transport):
