@@ -36,7 +36,7 @@ test: $(VENV)/.dev ## the test suite, a worker for each core; PYTEST_ARGS="-k co
 test-processes: $(VENV)/.dev ## roles in many processes: sets, spares, launchers, faults; some minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m processes $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.dev ## 100,000 hostile peers against shm and against tcp, some four minutes
+fuzz: $(VENV)/.dev ## 100,000 hostile peers against shm and against tcp, some two minutes
 	@STEP3_HETERO_FUZZ_ROUNDS=100000 $(BIN)/python -m pytest tests/transport/test_fuzz.py
 
 test-ray: $(VENV)/.dev ## the roles as actors over a local Ray cluster of three nodes; installs ray
