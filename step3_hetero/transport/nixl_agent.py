@@ -111,14 +111,14 @@ class Agent:
         with self._calling:
             try:
                 self._peer = self._agent.loadRemoteMD(metadata).decode()
-            except Exception as cause:
+            except Exception as cause:  # NIXL's errors have no common class
                 raise EdgeMismatch(f"the peer's NIXL metadata are refused: {cause}") from cause
             if self._peer == self._name:
                 raise EdgeMismatch("the peer gave this side's own NIXL metadata")
             self._theirs, self._size = address, size
             try:
                 self._agent.makeConnection(self._peer, self._backends)
-            except Exception as cause:
+            except Exception as cause:  # NIXL's errors have no common class
                 raise RoleLost(f"NIXL does not reach the peer: {cause}") from cause
 
     def write(self, source: int, target: int, nbytes: int) -> int:
@@ -143,7 +143,7 @@ class Agent:
                 )
                 self._writes.add(handle)
                 self._agent.postXferReq(handle)
-            except Exception as cause:
+            except Exception as cause:  # NIXL's errors have no common class
                 raise RoleLost(f"the peer's memory cannot be written: {cause}") from cause
             return handle
 
@@ -159,7 +159,7 @@ class Agent:
                 if self._agent.getXferStatus(handle) == self._nixl.NIXL_IN_PROG:
                     return False
                 self._agent.releaseXferReq(handle)
-            except Exception as cause:
+            except Exception as cause:  # NIXL's errors have no common class
                 raise RoleLost(f"the peer's memory was not written: {cause}") from cause
             self._writes.discard(handle)
             return True
