@@ -29,9 +29,8 @@ class LogLines:
     """
 
     def __init__(self, on_line: OnLine) -> None:
-        self._on_line = on_line
-        self._queue: queue.Queue[tuple[str, str] | None] = queue.Queue(MOST_WAITING)
-        self._lost: dict[str, int] = {}
+        self._on_line = _Counted(on_line)
+        self._queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="log lines", daemon=True)
         self._writer.start()
 
@@ -43,34 +42,47 @@ class LogLines:
 
     def close(self, deadline_s: float = 1.0) -> None:
         """Write what waits, for so long at most."""
-        try:
-            self._queue.put(None, timeout=deadline_s)
-        except queue.Full:
-            return  # the writer is a daemon: it ends with the process
-        self._writer.join(deadline_s)
+        self._queue.put(None)
+        self._writer.join(deadline_s)  # a daemon: where it is kept waiting, the process ends it
 
     def _read(self, name: str, stream: IO[bytes]) -> None:
+        lost = 0
         with stream:
             while line := stream.readline(LONGEST_LINE):
-                try:
-                    self._queue.put_nowait((name, line.decode(errors="replace").rstrip("\n")))
-                except queue.Full:
-                    self._lost[name] = self._lost.get(name, 0) + 1
+                if self._queue.qsize() >= MOST_WAITING:
+                    lost += 1
+                    continue
+                if lost:
+                    self._queue.put((name, _note(lost)))
+                    lost = 0
+                self._queue.put((name, line.decode(errors="replace").rstrip("\n")))
+        if lost:
+            self._queue.put((name, _note(lost)))
 
     def _write(self) -> None:
         while (entry := self._queue.get()) is not None:
-            name, line = entry
-            if lost := self._lost.pop(name, 0):
-                self._try(name, f"({lost} lines were lost here)")
-            if not self._try(name, line):
-                self._lost[name] = self._lost.get(name, 0) + lost + 1
+            self._on_line(*entry)
 
-    def _try(self, name: str, line: str) -> bool:
+
+class _Counted:
+    """A sink whose failures are counted and told to it once it takes lines again."""
+
+    def __init__(self, sink: OnLine) -> None:
+        self._sink = sink
+        self._refused: dict[str, int] = {}
+
+    def __call__(self, name: str, line: str) -> None:
         try:
-            self._on_line(name, line)
+            if lost := self._refused.get(name, 0):
+                self._sink(name, _note(lost))
+                del self._refused[name]
+            self._sink(name, line)
         except (OSError, ValueError):  # a full disk, a reader that is gone, a closed file
-            return False
-        return True
+            self._refused[name] = self._refused.get(name, 0) + 1
+
+
+def _note(lost: int) -> str:
+    return f"({lost} lines were lost here)"
 
 
 class LogFiles:
@@ -106,15 +118,10 @@ class LogFiles:
 
 def to_all(*sinks: OnLine) -> OnLine:
     """Return what hands a line to every sink; one that fails keeps it from no other."""
+    counted = [_Counted(sink) for sink in sinks]
 
     def on_line(name: str, line: str) -> None:
-        failed: OSError | None = None
-        for sink in sinks:
-            try:
-                sink(name, line)
-            except OSError as cause:
-                failed = cause
-        if failed is not None:
-            raise failed
+        for sink in counted:
+            sink(name, line)
 
     return on_line
