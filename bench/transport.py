@@ -5,9 +5,10 @@ to a core of their own where there are two. All sides are open at once and take 
 whatever else the machine does falls on all alike: judge by the ratios of one run.
 
 pyzmq is a peer to compare with and no more: without it (extra ``bench``) its rows are left out.
-``memcpy`` copies the same bytes once within one process; ``bare`` sides send them over a socket
-without header, checksum or deadline. ``cards`` are tcp between emulated cards whose copies to and
-from the host take their time, one after the other or in pieces beside the wire, of 1024 tokens.
+``memcpy`` copies the same bytes once within one process; ``bare`` sides send them over a socket, or
+copy them and ring a bell, without header, checksum or deadline. ``cards`` are tcp between emulated
+cards whose copies to and from the host take their time, one after the other or in pieces beside the
+wire, of 1024 tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -107,13 +109,7 @@ def _tcp_pair() -> tuple[socket.socket, socket.socket]:
 def bare(pair: Callable[[], tuple[socket.socket, socket.socket]]) -> Iterator[Trip]:
     """Give a round trip over a socket alone, into a buffer that is kept."""
     here, there = pair()
-    process = SPAWN.Process(
-        target=_answer_bare,
-        args=(
-            THERE,
-            there,
-        ),
-    )
+    process = SPAWN.Process(target=_answer_bare, args=(THERE, there))
     process.start()
     there.close()
     out, room = os.urandom(OUT_BYTES), memoryview(bytearray(BACK_BYTES))
@@ -125,6 +121,40 @@ def bare(pair: Callable[[], tuple[socket.socket, socket.socket]]) -> Iterator[Tr
     yield trip
     here.close()
     process.join()
+
+
+def _answer_shared(core: int, bell: socket.socket, name: str) -> None:
+    _stay(core)
+    memory, back = SharedMemory(name), os.urandom(BACK_BYTES)
+    room = memory.buf[OUT_BYTES:]
+    while bell.recv(1):
+        room[:] = back
+        bell.send(b"!")
+    room.release()
+    memory.close()
+
+
+@contextmanager
+def shared() -> Iterator[Trip]:
+    """Give a round trip of two copies in shared memory, each with a byte over a socket."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory, out = SharedMemory(create=True, size=OUT_BYTES + BACK_BYTES), os.urandom(OUT_BYTES)
+    process = SPAWN.Process(target=_answer_shared, args=(THERE, there, memory.name))
+    process.start()
+    there.close()
+    room = memory.buf[:OUT_BYTES]
+
+    def trip() -> None:
+        room[:] = out
+        here.send(b"!")
+        assert here.recv(1)
+
+    yield trip
+    here.close()
+    process.join()
+    room.release()
+    memory.close()
+    memory.unlink()
 
 
 @contextmanager
@@ -154,13 +184,7 @@ def pyzmq(address: str) -> Iterator[Trip]:
     """Give a round trip over pyzmq, without copies where it can."""
     import zmq
 
-    process = SPAWN.Process(
-        target=_answer_zmq,
-        args=(
-            THERE,
-            address,
-        ),
-    )
+    process = SPAWN.Process(target=_answer_zmq, args=(THERE, address))
     process.start()
     socket, out = zmq.Context.instance().socket(zmq.REQ), os.urandom(OUT_BYTES)
     socket.connect(address)
@@ -186,13 +210,7 @@ def _answer_pipe(core: int, end: Connection) -> None:
 def pipe() -> Iterator[Trip]:
     """Give a round trip over a pipe of multiprocessing."""
     here, there = SPAWN.Pipe()
-    process = SPAWN.Process(
-        target=_answer_pipe,
-        args=(
-            THERE,
-            there,
-        ),
-    )
+    process = SPAWN.Process(target=_answer_pipe, args=(THERE, there))
     process.start()
     out = os.urandom(OUT_BYTES)
 
@@ -241,6 +259,7 @@ def sides(folder: str) -> dict[str, Callable[[], AbstractContextManager[Trip]]]:
         "tcp": partial(ours, "tcp"),
         "cards, one by one": partial(cards, THERE, _stay, False),
         "cards, in pieces": partial(cards, THERE, _stay, True),
+        "bare shared memory": shared,
         "bare tcp": partial(bare, _tcp_pair),
         "bare socketpair": partial(bare, socket.socketpair),
         "pyzmq tcp": partial(pyzmq, "tcp://127.0.0.1:25917"),

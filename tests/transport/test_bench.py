@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from bench import transport
 
 ROWS = (
-    "memcpy", "shm", "tcp", "cards, one by one", "cards, in pieces", "bare tcp",
-    "bare socketpair", "multiprocessing pipe",
+    "memcpy", "shm", "tcp", "cards, one by one", "cards, in pieces",
+    "bare shared memory", "bare tcp", "bare socketpair", "multiprocessing pipe",
 )  # fmt: skip
 
 
