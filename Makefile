@@ -51,8 +51,8 @@ lint: $(VENV)/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(VENV)/.dev ## mypy --strict over the package
-	@$(BIN)/mypy -p step3_hetero
+types: $(VENV)/.dev ## mypy --strict over the package and bench/
+	@$(BIN)/mypy -p step3_hetero -p bench
 
 wheel-test: $(VENV)/.dev ## build the wheel, install it away from the repository, run it there
 	@$(BIN)/python -m pytest -m wheel tests/test_packaging.py

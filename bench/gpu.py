@@ -152,7 +152,7 @@ class Bench:
             return {"not_there": str(reason)}
         except Exception as error:  # one line that fails must not take the others with it
             return {"failed": f"{type(error).__name__}: {error}"[:500]}
-        line = {
+        line: dict[str, Any] = {
             "s": seconds, "bytes": work.nbytes, "flops": work.flops,
             "of_bandwidth": work.nbytes / seconds / bandwidth,
             "of_peak": work.flops / seconds / peak,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,12 @@ def _attention(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
         flops = 4 * SEQS * HEADS * HEAD_DIM * KEYS
         yield (
             f"decode, {SEQS} sequences, {shape}, KV {held}", flops,
-            lambda q=q, c=cache, b=batch: device.kernel("attention")(q, c, b, scale=0.0625),
+            partial(device.kernel("attention"), q, cache, batch, scale=0.0625),
         )  # fmt: skip
         k = torch.randn(SEQS, 1, HEAD_DIM).bfloat16()
         yield (
             f"RoPE and KV write, {SEQS} tokens, KV {held}", 0,
-            lambda k=k, c=cache, b=batch: c.write_turned(k, k, b, theta=5e5),
+            partial(cache.write_turned, k, k, batch, theta=5e5),
         )  # fmt: skip
     cache = device.open_cache(CacheSpec(1, HEAD_DIM, KEYS // 128, "bfloat16"))
     batch = device.batch(_meta(PROMPT, 1))
@@ -115,7 +116,7 @@ def _attention(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     seen = sum(range(KEYS - PROMPT + 1, KEYS + 1))
     yield (
         f"prefill, a chunk of {PROMPT} tokens, {shape}", 4 * HEADS * HEAD_DIM * seen,
-        lambda: device.kernel("attention")(q, cache, batch, scale=0.0625),
+        partial(device.kernel("attention"), q, cache, batch, scale=0.0625),
     )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def _experts(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
         yield (
             f"experts, {TOKENS} tokens, top {TOP_K} of {EXPERTS}, {HIDDEN}×{INTER}, {said}",
             flops,
-            lambda w=weights: device.kernel("experts")(u, share, ids, w),
+            partial(device.kernel("experts"), u, share, ids, weights),
         )
 
 
@@ -169,7 +170,7 @@ def _linear(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
         said = stored if held == "auto" else held
         yield (
             f"linear, {TOKENS} tokens, {HIDDEN}×{INTER}, {said}", 2 * TOKENS * HIDDEN * INTER,
-            lambda w=weights: device.kernel("linear")(x, w),
+            partial(device.kernel("linear"), x, weights),
         )  # fmt: skip
 
 

@@ -202,7 +202,8 @@ def _stack(device: Any, s: Sizes, held: str) -> ExpertWeights:
 def _held(device: Any, shape: tuple[int, ...], held: str) -> Tensor | Codes | Integers:
     """Return weights of ordinary size in one of the formats, made on the device."""
     if held == "plain":
-        return randn(device, *shape) * shape[-1] ** -0.5
+        drawn: Tensor = randn(device, *shape) * shape[-1] ** -0.5
+        return drawn
     if held == "int8":
         part = Integers(shape, device.place)
         part.codes.random_(-127, 128)
@@ -238,7 +239,8 @@ def _grouped(device: Any, s: Sizes) -> Work:
     if grouped is None:
         raise NotThere(f"torch {torch.__version__} has no grouped_mm")
     stack, (u, share, ids) = _stack(device, s, "plain"), _routed(device, s)
-    gate, up, down = (part.transpose(1, 2) for part in (stack.gate, stack.up, stack.down))
+    parts: tuple[Any, ...] = (stack.gate, stack.up, stack.down)
+    gate, up, down = (part.transpose(1, 2) for part in parts)
 
     def call() -> Tensor:
         flat = ids.flatten()
@@ -293,11 +295,11 @@ def _layer(device: Any, s: Sizes, held: str) -> Work:
         "o_proj": _linear(device, s.hidden, s.heads * s.head_dim, half),
         "router": _linear(device, s.experts, s.hidden, torch.float32),
     }
-    second = {
+    shared = {
         "shared_gate_up": _linear(device, 2 * s.inter, s.hidden, half),
         "shared_down": _linear(device, s.hidden, s.inter, half),
-        "experts": _stack(device, s, held),
     }
+    second = {**shared, "experts": _stack(device, s, held)}
     cache, meta = _cache(device, s, "bfloat16"), _meta(s)
     limits = Limits(s.batch, s.batch, meta.block_tables.shape[1])
     stages = (device.build(attention, {**first, **ones}, cache, limits),
@@ -313,7 +315,7 @@ def _layer(device: Any, s: Sizes, held: str) -> Work:
     chosen = len(call()[0]["ids"].unique())  # experts that nobody chose are not read
     weights = sum(w.nbytes for w in (*first.values(), *second.values()))
     weights -= second["experts"].nbytes * (s.experts - chosen) // s.experts
-    dense = sum(w.matrix.numel() for w in (*first.values(), second["shared_gate_up"],
-                                           second["shared_down"]))  # fmt: skip
+    matrices = [w.matrix for w in (*first.values(), *shared.values())]
+    dense = sum(m.numel() for m in matrices if m is not None)
     flops = 2 * s.batch * (dense + 3 * s.top_k * s.hidden * s.inter) + _decode_flops(s)
     return Work(call, weights + cache.spec.nbytes, flops)

@@ -24,7 +24,7 @@ KINDS = ("h800", "h20", "a800", "ascend-910b")
 SIZES = (16, 64, 1_000, 10_000, 100_000, 1_000_000)
 PAIRS = 5
 BATCH, PROMPT, DECODE = 8, 32, 64
-PLACEMENTS = {
+PLACEMENTS: dict[str, dict[str, Any]] = {
     "all on cpu": {"roles__f__backend": "cpu"},
     "all on reference": {"roles__a__backend": "reference"},
     "attention on cpu, FFN on reference": {},

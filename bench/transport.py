@@ -123,10 +123,15 @@ def bare(pair: Callable[[], tuple[socket.socket, socket.socket]]) -> Iterator[Tr
     process.join()
 
 
+def _whole(memory: SharedMemory) -> memoryview:
+    assert memory.buf is not None  # it is None once closed
+    return memory.buf
+
+
 def _answer_shared(core: int, bell: socket.socket, name: str) -> None:
     _stay(core)
     memory, back = SharedMemory(name), os.urandom(BACK_BYTES)
-    room = memory.buf[OUT_BYTES:]
+    room = _whole(memory)[OUT_BYTES:]
     while bell.recv(1):
         room[:] = back
         bell.send(b"!")
@@ -142,7 +147,7 @@ def shared() -> Iterator[Trip]:
     process = SPAWN.Process(target=_answer_shared, args=(THERE, there, memory.name))
     process.start()
     there.close()
-    room = memory.buf[:OUT_BYTES]
+    room = _whole(memory)[:OUT_BYTES]
 
     def trip() -> None:
         room[:] = out
