@@ -149,7 +149,7 @@ def test_config_cannot_be_changed_once_read(read):
          "run.yaml:7: roles.a.devices: expected 1, got 2 (instances x tp + spares)"),
         ("backend: cpu", "backend: cpu\n    devices: [-1]",
          "run.yaml:7: roles.a.devices.0: -1 is too small; from 0"),
-        ("model: step3", "model: models/none", "run.yaml:2: model: no folder 'models/none'"),
+        ("model: step3", "model: models/none", "run.yaml:2: model: no folder 'models/none'; a path is relative to the config's folder"),
         ("model: step3", "model: &m step3",
          "run.yaml:2: anchors and aliases (& and *) are not allowed"),
         ("model: step3", "model: !!str step3", "run.yaml:2: tags (!) are not allowed"),

@@ -54,7 +54,9 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
         return
     _print_roles(report)
     _print_crossing(report)
-    click.echo(f"KV cache: {report['kv_blocks']} blocks of 128 tokens in every layer")
+    blocks = report["kv_blocks"]
+    said = "1 block" if blocks == 1 else f"{blocks} blocks"
+    click.echo(f"KV cache: {said} of 128 tokens in every layer")
     for role in report["roles"]:
         for said in filter(None, (_emulated(role), _heads_split(role), _requantised(role))):
             click.echo(f"note: {said}")
@@ -144,8 +146,8 @@ def _print_crossing(report: dict[str, Any]) -> None:
         return
     rows = [
         (
-            c["kind"], c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]),
-            c["members"], human_bytes(c["sent_bytes_per_token"]),
+            c["kind"].upper(), c["source"], c["target"], c["edges"],
+            human_bytes(c["bytes_per_token"]), c["members"], human_bytes(c["sent_bytes_per_token"]),
         )
         for c in report["crossing"]
     ]  # fmt: skip

@@ -29,7 +29,8 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 @click.command("profile", epilog=EPILOG)
 @click.option("--backend", help="The backend to measure.")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Its number.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True,
+              help="Of products and attention; stages have that of --config.")  # fmt: skip
 @click.option("--config", help="Measure the stages of this config's model, too.")
 @click.option("--card", help="The catalogue's name of the card; found by the driver's name.")
 @click.option("--edge", metavar="ADDRESS",
@@ -49,6 +50,9 @@ def command(
 
     The planner takes the file instead of the data sheet. Measure on a quiet machine.
     """
+    from step3_hetero.placement.written import check_writable
+
+    check_writable("--out", out)
     if backend is None and edge is None:
         raise RequestError("give --backend with what to measure, or --edge with a role's address")
     if backend is None:

@@ -97,7 +97,7 @@ def test_plan_file_is_one_that_simulate_reads(run, tmp_path):
         (("--pool", "h99=4"), "unknown card 'h99'; cards: h800"),
         (("--pool", "h800"), "expected CARD=COUNT"),
         (("--pool", "h800=-3"), "expected CARD=COUNT with a whole number of cards"),
-        (("--pool", "h800=32", "--tpot-ms", "-1"), "expected 0.001 to 1e+06 milliseconds"),
+        (("--pool", "h800=32", "--tpot-ms", "-1"), "expected 0.001 to 1,000,000 milliseconds"),
         (("--pool", "h800=32", "--model", "none"), "unknown model 'none'; models of the paper"),
         (("--pool", "h800=32", "--model", "none"), "or step3, or a folder with the config.json"),
     ],
