@@ -94,9 +94,7 @@ class CudaBackend(Backend):
             PlacementError: there is no card here.
         """
         if reason := self.why_unavailable():
-            raise PlacementError(
-                f"backend cuda has no card here, and tuning times kernels on one: {reason}"
-            )
+            raise PlacementError(f"backend cuda: {reason}; tuning times kernels on one")
         from step3_hetero.backends.cuda.tuning import tune
 
         tune(path, progress)

@@ -66,7 +66,7 @@ def tune(path: Path, progress: Callable[[str], None]) -> None:
         PlacementError: there is no card here.
     """
     if not torch.cuda.is_available():
-        raise PlacementError("backend cuda has no card here, and tuning times kernels on one")
+        raise PlacementError("backend cuda: no NVIDIA card here; tuning times kernels on one")
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
     newest = max(e.arch for e in table() if e.arch <= arch)

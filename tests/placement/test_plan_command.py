@@ -114,3 +114,17 @@ def test_what_cannot_be_served_says_why_and_what_would_change_it(planned):
     assert not few["feasible"]
     assert "304.1 GB" in json.dumps(few) and "h800=6" in json.dumps(few)
     assert planned("--pool", "h800=6")["feasible"]
+
+
+def test_sets_that_outnumber_their_micro_batches_are_told_of(run):
+    cards = ("--pool", "h800=1104", "--pool", "ascend-910b=9936", "--exclude", "ffn:h800")
+    nics = ("--host-nic-gbit", "25", "--host-nics-per-server", "1")
+    only = ("--exclude", "attention:ascend-910b", "--exclude", "colocated")
+    code, out, err = run("plan", *ASKED, *cards, *nics, *only, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    sets = found["ffn"]["sets"]
+    fed = found["attention"]["instances"] * found["attention"]["micro_batches"]
+    assert sets > fed
+    (said,) = (note for note in found["notes"] if "micro-batches feed them" in note)
+    assert f"{sets} sets" in said and f"only {fed} micro-batches" in said
