@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench.afd_ideal import Stretch, equal_context, ideal_tokens_per_s
 from bench.checkpoint import Sizes, checkpoint
+from bench.command import BenchCommand
 from bench.machine import describe, sentence
 from step3_hetero import SamplingParams, load
 from step3_hetero.runtime.engine import Engine
@@ -211,7 +212,9 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--batch", type=click.IntRange(1), default=192, show_default=True,
               help="Sequences that decode at a time.")  # fmt: skip
 @click.option("--context", type=click.IntRange(2), help="Tokens of a prompt; found when left out.")

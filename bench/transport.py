@@ -28,6 +28,7 @@ from typing import Any
 
 import click
 
+from bench.command import BenchCommand
 from bench.machine import describe, sentence
 from bench.transport_cards import cards
 from step3_hetero.transport.base import Frame, FrameLimits
@@ -263,7 +264,9 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--trips", type=click.IntRange(1), default=500, show_default=True,
               help="Round trips of each side.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

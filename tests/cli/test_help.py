@@ -79,3 +79,21 @@ def test_every_bench_is_listed():
     told = CliRunner().invoke(benches, ["--list"]).output.splitlines()
     assert [line.split()[2] for line in told] == [f"bench.{name}" for name in BENCHES]
     assert len({line.index(what) for line, what in zip(told, BENCHES.values(), strict=True)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("memory", ("--backend", "nope"), "no backend 'nope'; installed: "),
+        ("planner", ("--generate", "--config", "none.yaml"), "none.yaml: cannot be read"),
+        ("planner", ("--json", "none/x.json"), "--json none/x.json: no folder 'none'"),
+        ("decode", ("--no-vllm", "--json", "none/x.json"), "--json none/x.json: no folder 'none'"),
+        ("gpu", ("--json", "none/x.json"), "--json none/x.json: no folder 'none'"),
+    ],
+)
+def test_a_bench_refuses_in_one_line(name, arguments, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bench.memory.checkpoint", lambda *_: ROOT / "models/tiny-step3-digits")
+    done = CliRunner().invoke(importlib.import_module(f"bench.{name}").main, arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert said in done.stderr and done.stderr.count("\n") == 1

@@ -128,3 +128,13 @@ def test_sets_that_outnumber_their_micro_batches_are_told_of(run):
     assert sets > fed
     (said,) = (note for note in found["notes"] if "micro-batches feed them" in note)
     assert f"{sets} sets" in said and f"only {fed} micro-batches" in said
+
+
+def test_exclusions_that_leave_a_role_no_card_are_named_as_the_reason(run):
+    cards = ("--pool", "h800=32", "--pool", "h20=32")
+    none_left = ("--exclude", "ffn:h800", "--exclude", "ffn:h20")
+    code, _, err = run("plan", *ASKED, *cards, *none_left)
+    assert code == 2
+    assert "no card is left for ffn; leave out --exclude ffn:h20 or --exclude ffn:h800" in err
+    code, _, err = run("plan", *ASKED, "--pool", "h800=4", *none_left[:2])
+    assert "no card is left for ffn" in err
