@@ -148,8 +148,25 @@ def _show(profile: Profile) -> None:
         for e in profile.linear
     ]
     rows += [("attention", e["rows"], e["context"], _us(e)) for e in profile.attention]
-    rows += [(e["kind"], e["rows"], e["context"], _us(e)) for e in profile.stages]
+    rows += [(_stage(e), e["rows"], e["context"], _us(e)) for e in profile.stages]
     print_table("measured", ("what", "rows", "context", "us"), rows)
+
+
+def _stage(entry: Any) -> str:
+    """Name a stage of a model so that it is told from its like, and from the op.
+
+    >>> _stage({"kind": "ffn", "key": "FfnSpec(dtype='bfloat16', experts=48)"})
+    'stage ffn, MoE'
+    >>> _stage({"kind": "attention", "key": "AttentionSpec(adds=False, router=None)"})
+    'stage attention, first layer'
+    """
+    key = entry["key"]
+    said = {
+        "ffn": ["dense" if "experts=0" in key else "MoE"],
+        "attention": ["first layer"] * ("adds=False" in key)
+        + ["with router"] * ("router=None" not in key),
+    }.get(entry["kind"], [])
+    return ", ".join([f"stage {entry['kind']}", *said])
 
 
 def _us(entry: Any) -> str:
