@@ -15,6 +15,9 @@ BENCHES = {
     "afd": "decode speed with attention and FFN in processes of their own, beside colocated",
     "startup": "time of step3-hetero --help",
     "planner": "planning time from 16 to a million cards; --generate: predicted beside measured",
+    "gpu": "CUDA kernels on this machine's card, beside libraries; says so where there is none",
+    "gpu_compiled": "every CUDA kernel compiled for sm_80 and sm_90, held against the kept table",
+    "gpu_roofline": "bytes and FLOP of every CUDA kernel, counted in Triton's interpreter",
 }
 """Each bench and what it measures; ``python -m bench.NAME --help`` says more."""
 
@@ -24,6 +27,7 @@ EPILOG = """\b
 Examples:
   python -m bench
   python -m bench --list
+  python -m bench.decode --help
 """
 
 
@@ -32,7 +36,7 @@ Examples:
 def main(only_list: bool) -> None:
     """Run every bench that needs nothing but this package; exit 1 if one is over its bound."""
     for name, what in BENCHES.items():
-        click.echo(f"python -m bench.{name:<10} {what}")
+        click.echo(f"python -m bench.{name:<13} {what}")
     failed = False
     for name, *options in () if only_list else ALONE:
         click.echo(f"\n{name} {' '.join(options)}".rstrip())

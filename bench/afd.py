@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench.afd_ideal import Stretch, equal_context, ideal_tokens_per_s
 from bench.checkpoint import Sizes, checkpoint
+from bench.command import BenchCommand
 from bench.machine import describe, sentence
 from step3_hetero import SamplingParams, load
 from step3_hetero.runtime.engine import Engine
@@ -211,14 +212,19 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--batch", default=192, show_default=True)
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.option("--batch", type=click.IntRange(1), default=192, show_default=True,
+              help="Sequences that decode at a time.")  # fmt: skip
 @click.option("--context", type=click.IntRange(2), help="Tokens of a prompt; found when left out.")
-@click.option("--tokens", default=24, show_default=True, help="Decode steps that are timed.")
-@click.option("--pairs", default=3, show_default=True, help="Turns of every way.")
-@click.option("--transport", default="shm", show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=24, show_default=True,
+              help="Decode steps that are timed.")  # fmt: skip
+@click.option("--pairs", type=click.IntRange(1), default=3, show_default=True,
+              help="Turns of every way.")  # fmt: skip
+@click.option("--transport", default="shm", show_default=True, help="transport.kind: shm or tcp.")
 @click.option("--predict", is_flag=True, help="Measure profiles, too, and predict each way.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def main(
     batch: int, context: int | None, tokens: int, pairs: int, transport: str, predict: bool,
     as_json: bool,

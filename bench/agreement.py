@@ -16,6 +16,7 @@ from rich.table import Table
 
 from bench import sides
 from bench.checkpoint import CACHE, Sizes, checkpoint
+from bench.command import BenchCommand
 from step3_hetero.api import load
 from step3_hetero.runtime.engine import Engine
 from step3_hetero.runtime.request import SamplingParams
@@ -37,7 +38,9 @@ Examples:
 Float64 = npt.NDArray[np.float64]
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--backend", "backends", multiple=True, default=("cpu", "reference"), show_default=True
 )

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from bench import machine, sides
 from bench.checkpoint import CACHE, Sizes, checkpoint
+from bench.command import BenchCommand
+from step3_hetero.placement.written import check_writable
 
 EPILOG = """\b
 Examples:
@@ -27,7 +29,9 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--batch", "batches", type=click.IntRange(1, 64), multiple=True, default=(1, 8, 32),
     show_default=True, help="Sequences at once. May be repeated.",
@@ -66,6 +70,7 @@ def main(
     B sequences of --decode tokens: B·N / (time for N+1 tokens − time for 1). The sides take turns,
     and the one that waits is stopped.
     """
+    check_writable("--json", file)
     sides.end_politely()
     if not no_vllm:
         sides.find_vllm(vllm_python)

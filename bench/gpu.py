@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bench.command import BenchCommand
+
 if TYPE_CHECKING:
     from bench.gpu_work import Job, Sizes
 
@@ -39,14 +41,18 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--test", is_flag=True, help="Run conformance in full instead of timing.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=FIGURES,
               show_default=True, help="Write the figures here, after every line.")  # fmt: skip
 def main(test: bool, path: Path) -> None:
     """Time MFA decode, experts and a layer on this machine's card, or certify it."""
+    from step3_hetero.placement.written import check_writable
     from step3_hetero.registry import get_backend
 
+    check_writable("--json", path)
     backend = get_backend("cuda")
     reason = backend.why_unavailable()
     if reason:

@@ -16,6 +16,8 @@ from typing import Any
 
 import click
 
+from bench.command import BenchCommand
+
 TABLE = Path(__file__).parents[1] / "tests" / "cuda" / "compiled.json"
 
 ARCHS = (80, 90)
@@ -31,7 +33,9 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--write", is_flag=True, help="Renew the table instead of holding it against.")
 def main(write: bool) -> None:
     """Compile every kernel of the cuda backend; exit 1 for a fault or a figure that changed."""

@@ -15,6 +15,8 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.command import BenchCommand
+
 DOC = Path(__file__).parents[1] / "docs" / "cuda-roofline.md"
 
 HEADS, HEAD_DIM, KEYS, SEQS = 64, 256, 1024, 2
@@ -206,7 +208,9 @@ def _rows(device: Any) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     )  # fmt: skip
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--write", is_flag=True, help="Write docs/cuda-roofline.md as well.")
 def main(write: bool) -> None:
     """Count bytes and FLOP of every kernel in Triton's interpreter."""

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from bench.checkpoint import CACHE, Sizes, checkpoint
+from bench.command import BenchCommand
 
 ALLOWANCE_MB = 300
 """For Python, torch and all else beside weights and KV cache."""
@@ -22,7 +23,9 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--backend", default="cpu", show_default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=CACHE, show_default=True)
 def main(backend: str, cache: Path) -> None:

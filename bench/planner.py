@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import machine
+from bench.command import BenchCommand
+from step3_hetero.placement.written import check_writable
 
 KINDS = ("h800", "h20", "a800", "ascend-910b")
 SIZES = (16, 64, 1_000, 10_000, 100_000, 1_000_000)
@@ -43,7 +45,9 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--beside", help="Command line of another planner, timed in the same run.")
 @click.option("--generate", is_flag=True, help="Predict `generate` from profiles and measure it.")
@@ -54,6 +58,7 @@ def main(runs: int, beside: str | None, generate: bool, config: str, file: Path 
 
     With --generate: profile and run three placements in turn, five of each, and compare.
     """
+    check_writable("--json", file)
     report: dict[str, Any] = {"machine": machine.describe()}
     if generate:
         report["generate"] = [predicted_and_measured(config, name) for name in PLACEMENTS]

@@ -10,6 +10,8 @@ from statistics import median
 
 import click
 
+from bench.command import BenchCommand
+
 RUNS = 7
 LARGEST_S = 0.5
 
@@ -19,7 +21,9 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 def main() -> None:
     """Time the command line's help, median of 7; exit 1 from half a second on."""
     program = Path(sys.executable).with_name("step3-hetero")

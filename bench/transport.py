@@ -30,6 +30,7 @@ from typing import Any
 
 import click
 
+from bench.command import BenchCommand
 from bench.machine import describe, sentence
 from bench.transport_cards import cards
 from step3_hetero.transport.base import Frame, FrameLimits
@@ -279,9 +280,20 @@ def sides(folder: str) -> dict[str, Callable[[], AbstractContextManager[Trip]]]:
     return found
 
 
-@click.command()
-@click.option("--trips", default=500, show_default=True, help="Round trips of each side.")
-@click.option("--json", "as_json", is_flag=True)
+EPILOG = """\b
+Examples:
+  python -m bench.transport
+  python -m bench.transport --trips 200 --json
+  python -m bench.transport --side shm --side tcp
+"""
+
+
+@click.command(
+    cls=BenchCommand, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.option("--trips", type=click.IntRange(1), default=500, show_default=True,
+              help="Round trips of each side.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--side", "names", multiple=True, help="Only this one, and memcpy; again for more.")
 def main(trips: int, as_json: bool, names: tuple[str, ...]) -> None:
     """Measure every side in one run."""
@@ -298,12 +310,12 @@ def main(trips: int, as_json: bool, names: tuple[str, ...]) -> None:
         return
     click.echo(sentence(machine))
     copied = rows[0]["median_us"]
-    click.echo(f"{'side':<22} {'median':>8} {'10th':>8} {'99th':>8} us  memcpys  aim")
+    click.echo(f"{'side':<22} {'median':>8} {'10th':>8} {'99th':>8} us  memcpys  target")
     for row in rows:
-        aim = TARGETS_US.get(row["side"], "")
+        target = TARGETS_US.get(row["side"], "")
         click.echo(
             f"{row['side']:<22} {row['median_us']:8.0f} {row['p10_us']:8.0f} {row['p99_us']:8.0f}"
-            f"     {row['median_us'] / copied:7.1f}  {aim}"
+            f"     {row['median_us'] / copied:7.1f}  {target}"
         )
 
 

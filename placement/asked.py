@@ -122,7 +122,18 @@ def _check_links(
 
 def _within(option: str, value: float | None, least: float, most: float, unit: str) -> None:
     if value is not None and not (math.isfinite(value) and least <= value <= most):
-        raise PlacementError(f"{option} {value!r}: expected {least:g} to {most:g} {unit}")
+        raise PlacementError(
+            f"{option} {value!r}: expected {_plain(least)} to {_plain(most)} {unit}"
+        )
+
+
+def _plain(bound: float) -> str:
+    """Write a bound without an exponent.
+
+    >>> _plain(1e-6), _plain(0), _plain(0.9), _plain(1e8)
+    ('0.000001', '0', '0.9', '100,000,000')
+    """
+    return f"{bound:,.6f}".rstrip("0").rstrip(".")
 
 
 def _server_notes(pools: Sequence[Pool]) -> list[str]:

@@ -1,7 +1,8 @@
 """What a plan costs against context, and against latency: the curves of a report.
 
-Both are the planner's own columns at fewer paces, at fractions of instances: what large pools come
-to. Contexts and targets are powers of two around what was asked.
+Both are the planner's own columns at fractions of instances: what large pools come to. Contexts and
+targets are powers of two around what was asked; there are fewer paces, save at the context asked
+for, where the curve of the plan must not lie above the plan.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from step3_hetero.placement.space import Space
 AROUND = (1 / 4, 1 / 2, 1, 2, 4)
 """Contexts and targets, of what was asked."""
 
-STEP = 20
-"""In the third digit of a pace: 2 % to 20 %."""
+STEP = 5
+"""In the third digit of a pace: 0.5 % to 5 %."""
 
 MOST_LINES = 6
 """Placements whose cost is drawn, the cheapest ones at the context asked for."""
@@ -29,12 +30,12 @@ MOST_LINES = 6
 
 def curves(outcome: Outcome) -> dict[str, Any]:
     """Return ``cost_by_context`` and ``pareto``; nothing where no cost or no plan is there."""
-    plan, request = outcome.plan, replace(outcome.request, demand=None, pace_step=STEP)
+    plan, request = outcome.plan, replace(outcome.request, demand=None)
     if plan is None or request.objective != "usd":
         return {}
     return {
         "cost_by_context": _cost_by_context(request, plan),
-        "pareto": _pareto(request, outcome, plan),
+        "pareto": _pareto(replace(request, pace_step=STEP), outcome, plan),
     }
 
 
@@ -42,7 +43,9 @@ def _cost_by_context(request: Request, plan: AnyPlan) -> list[dict[str, Any]]:
     contexts = [max(1, round(request.problem.context * times)) for times in AROUND]
     found = {}
     for context in contexts:
-        asked = replace(request, problem=replace(request.problem, context=context))
+        step = request.pace_step if context == request.problem.context else STEP
+        problem = replace(request.problem, context=context)
+        asked = replace(request, problem=problem, pace_step=step)
         found[context] = dict(_by_placement(asked))
     at_asked = found[contexts[AROUND.index(1)]]
     chosen = _placement(plan, request)

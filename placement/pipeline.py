@@ -256,13 +256,19 @@ def _check_kinds(pipeline: PredictedPipeline, keys: Keys) -> None:
                 raise keys.error(f"{key}.{number}.seconds", message)
 
 
-def _check_fed(pipeline: PredictedPipeline, group: FfnGroup, keys: Keys) -> None:
-    number = pipeline.ffn.index(group)
+def unfed(pipeline: PredictedPipeline, group: FfnGroup) -> str:
+    """Say how few micro-batches there are for sets that outnumber them; empty if they do not."""
     feeding = sum(a.instances for a in pipeline.attention if a.feeds in ("", group.name))
     flows = feeding * pipeline.micro_batches
-    if flows < group.instances:
-        raise keys.error(
-            f"ffn.{number}.instances",
-            f"{group.instances} sets of {group.name!r}, but only {flows} micro-batches feed them "
-            f"({feeding} attention instances x {pipeline.micro_batches}); name at most {flows}",
-        )
+    if flows >= group.instances:
+        return ""
+    return (
+        f"{group.instances} sets of {group.name!r}, but only {flows} micro-batches feed them "
+        f"({feeding} attention instances x {pipeline.micro_batches})"
+    )
+
+
+def _check_fed(pipeline: PredictedPipeline, group: FfnGroup, keys: Keys) -> None:
+    if said := unfed(pipeline, group):
+        key = f"ffn.{pipeline.ffn.index(group)}.instances"
+        raise keys.error(key, f"{said}; name no more sets than micro-batches")

@@ -157,10 +157,14 @@ def _layer_kinds(document: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _sequences(unit: AnyPlan) -> int:
-    """Return the sequences of one micro-batch of one attention instance."""
+    """Return the sequences of one micro-batch of one attention instance, rounded up.
+
+    The flow is a solver's: what stands a millionth over a whole number is that number, since one
+    sequence more may not fit the card's memory.
+    """
     if isinstance(unit, ColocatedPlan):
         return unit.columns[0][0].batch
-    return max(1, math.ceil(float(unit.flow.sum()) / unit.attention[0][1]))
+    return max(1, math.ceil(float(unit.flow.sum()) / unit.attention[0][1] - 1e-6))
 
 
 def _split_roles(unit: SplitPlan) -> dict[str, Any]:

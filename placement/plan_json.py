@@ -14,6 +14,7 @@ from step3_hetero.placement.explain import Alternative, alternatives, binding, l
 from step3_hetero.placement.infeasible import why_infeasible
 from step3_hetero.placement.network import ASSUMED_PCIE_BYTES_PER_S, HOST, Wire
 from step3_hetero.placement.performance import prefill_s
+from step3_hetero.placement.pipeline import unfed
 from step3_hetero.placement.plan_pipeline import period_s, pipeline_of
 from step3_hetero.placement.planner import Outcome, plan
 from step3_hetero.placement.plans import (
@@ -79,6 +80,8 @@ def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
     pipeline = pipeline_of(best, problem, about.layers)
     run = run_json(best, problem.pools, period_s(pipeline))
     document["notes"] += run_notes(best, run, request)
+    for said in filter(None, (unfed(pipeline, group) for group in pipeline.ffn)):
+        document["notes"].append(f"{said}: {UNFED}")
     return document | {
         "label": label_of(best),
         "binding": binding(outcome),
@@ -89,6 +92,12 @@ def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
         **(curves(outcome) if about.with_curves else {}),
         "pipeline": pipeline.to_json(),
     }
+
+
+UNFED = (
+    "each would have to be divided over several sets, which no role does and simulate refuses; "
+    "the price is a lower bound"
+)
 
 
 def run_json(best: AnyPlan, pools: Sequence[Pool], period: float) -> dict[str, Any]:

@@ -124,7 +124,19 @@ def _roles(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), _text(value)) for key, value in values.items()]
+    return [(_name(key), _text(value)) for key, value in values.items()]
+
+
+def _name(key: str) -> str:
+    """Return a key of the JSON as a page writes it.
+
+    >>> _name("tp"), _name("pass_s"), _name("largest_batch"), _name("micro_batches")
+    ('TP', 'pass, seconds', 'largest batch', 'micro-batches')
+    """
+    if key in ("tp", "ep"):
+        return key.upper()
+    said = key.removesuffix("_s") + (", seconds" if key.endswith("_s") else "")
+    return said.replace("micro_", "micro-").replace("_", " ")
 
 
 def _text(value: object) -> str:

@@ -198,7 +198,8 @@ def _roles(
         of_set = by_group([g.instances for g in pipeline.ffn])
         far = [g.name for g in pipeline.ffn]
         uses.append(_use("a2f", names, group, busy["a2f"], seconds, tpot_s))
-        shared = over / np.bincount(flows, minlength=sets)
+        fed = np.bincount(flows, minlength=sets)  # 0: a set that no micro-batch is left for
+        shared = np.divide(over, fed, out=np.zeros_like(over), where=fed > 0)
         uses.append(_use("ffn", far, of_set, busy["ffn"], shared, tpot_s))
         uses.append(_use("f2a", names, group, busy["f2a"], seconds, tpot_s))
     return [use for several in uses for use in several]

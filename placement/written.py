@@ -12,6 +12,23 @@ from step3_hetero.errors import RequestError
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+def check_writable(option: str, path: str | Path | None) -> None:
+    """Refuse, before any work, a file that could not be written in the end; None is no file.
+
+    Raises:
+        RequestError: its folder is missing, or it is a folder itself.
+    """
+    if path is None:
+        return
+    file = Path(path).absolute()
+    if not file.parent.is_dir():
+        raise RequestError(
+            f"{option} {path}: no folder {str(Path(path).parent)!r}; make it first, or name another"
+        )
+    if file.is_dir():
+        raise RequestError(f"{option} {path}: is a folder; name a file in it")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write text to a temporary name in the same folder, then put it in the file's place.
 

@@ -235,7 +235,10 @@ def check_member(config: Config, name: str, number: int) -> None:
     role = config.roles[name]
     count = role.processes + role.spares
     if not 0 <= number < count:
-        raise config.error(f"roles.{name}.instances", f"no process {number} of {count}")
+        allowed = "0" if count == 1 else f"0 to {count - 1}"
+        raise config.error(
+            f"roles.{name}.instances", f"no process {number}, there are {count}; allowed: {allowed}"
+        )
 
 
 def _settings(

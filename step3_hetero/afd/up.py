@@ -238,7 +238,9 @@ def read_attach(path: Path, config: Config) -> dict[str, list[str]]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file: is step3-hetero up running?") from None
     except (OSError, ValueError, KeyError, TypeError) as cause:
-        raise ConfigError(f"{path}: no file of step3-hetero up: {cause!r}") from cause
+        raise ConfigError(
+            f"{path}: no file of step3-hetero up; give what `step3-hetero up --attach` wrote"
+        ) from cause
     if version != ATTACH_VERSION:
         raise ConfigError(f"{path}: version {version!r} refused; expected {ATTACH_VERSION}")
     wanted = {name: r.processes + r.spares for name, r in config.roles.items()}

@@ -55,7 +55,8 @@ class LazyGroup(click.Group):
 
 EPILOG = """\b
 Examples:
-  step3-hetero generate examples/digits.yaml --image 7.png --prompt "which digit is this ?"
+  step3-hetero generate examples/digits.yaml --prompt "which digit is this ?" \\
+      --image examples/digits/7_held-out_0007.png
   step3-hetero check examples/digits.yaml --set roles.f.backend=cpu
   step3-hetero graph examples/digits.yaml --svg graph.svg
 """

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  step3-hetero bisect examples/digits.yaml --suspect a --image 7.png \\
-      --prompt "which digit is this ?"
+  step3-hetero bisect examples/digits.yaml --suspect a --prompt "which digit is this ?" \\
+      --image examples/digits/7_held-out_0007.png
   step3-hetero bisect run.yaml --suspect f --prompt-ids 1,2,3 --max-tokens 400 --ignore-eos
   step3-hetero bisect run.yaml --suspect f --prompt-ids 1,2,3 --json --plot growth.html
   step3-hetero bisect run.yaml --replay shadow-excess/ffn-12-run-40.safetensors

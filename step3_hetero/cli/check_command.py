@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from step3_hetero.cli.options import (
     print_table,
     set_option,
 )
+
+if TYPE_CHECKING:
+    from step3_hetero.config import Config
 
 EPILOG = """\b
 Examples:
@@ -53,8 +56,10 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
         print_json(report)
         return
     _print_roles(report)
-    _print_crossing(report)
-    click.echo(f"KV cache: {report['kv_blocks']} blocks of 128 tokens in every layer")
+    _print_crossing(report, _apart(read))
+    blocks = report["kv_blocks"]
+    said = "1 block" if blocks == 1 else f"{blocks} blocks"
+    click.echo(f"KV cache: {said} of 128 tokens in every layer")
     for role in report["roles"]:
         for said in filter(None, (_emulated(role), _heads_split(role), _requantised(role))):
             click.echo(f"note: {said}")
@@ -138,14 +143,21 @@ def _instances(role: dict[str, Any]) -> str:
     return ", ".join([str(role["instances"]), *degrees])
 
 
-def _print_crossing(report: dict[str, Any]) -> None:
+def _apart(config: Config) -> str:
+    """Say how roles that share a device are parted all the same; empty if they are not."""
+    if config.runtime.processes != "per-role" or len(config.roles) == 1:
+        return ""
+    return f"; roles are processes, and what they send each other goes by {config.transport.kind}"
+
+
+def _print_crossing(report: dict[str, Any], apart: str = "") -> None:
     if not report["crossing"]:
-        click.echo("no edge crosses between devices")
+        click.echo(f"no edge crosses between devices{apart}")
         return
     rows = [
         (
-            c["kind"], c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]),
-            c["members"], human_bytes(c["sent_bytes_per_token"]),
+            c["kind"].upper(), c["source"], c["target"], c["edges"],
+            human_bytes(c["bytes_per_token"]), c["members"], human_bytes(c["sent_bytes_per_token"]),
         )
         for c in report["crossing"]
     ]  # fmt: skip

@@ -9,11 +9,15 @@ import click
 
 from step3_hetero.cli.options import human_bytes, json_option, print_json, print_table, progress
 
-EPILOG = """\b
+INSPECT_EPILOG = """\b
 Examples:
   step3-hetero checkpoint inspect models/tiny-step3-digits
+"""
+QUANTISE_EPILOG = """\b
+Examples:
   step3-hetero checkpoint quantise models/tiny-step3-digits /tmp/tiny-fp8
 """
+EPILOG = INSPECT_EPILOG + QUANTISE_EPILOG.removeprefix("\b\nExamples:\n")
 
 
 @click.group("checkpoint", epilog=EPILOG)
@@ -21,7 +25,7 @@ def command() -> None:
     """Inspect or quantise a checkpoint."""
 
 
-@command.command("inspect")
+@command.command("inspect", epilog=INSPECT_EPILOG)
 @click.argument("path", type=click.Path(file_okay=False))
 @json_option
 def inspect(path: str, as_json: bool) -> None:
@@ -43,7 +47,7 @@ def inspect(path: str, as_json: bool) -> None:
     print_table(path, ("part", "tensors", "parameters", "bytes", "dtypes"), rows)
 
 
-@command.command("quantise")
+@command.command("quantise", epilog=QUANTISE_EPILOG)
 @click.argument("source", type=click.Path(file_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
 @json_option

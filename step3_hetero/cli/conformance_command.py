@@ -8,21 +8,28 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from step3_hetero.cli.options import json_option, print_json, print_table, progress
+from step3_hetero.cli.options import Number, json_option, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from step3_hetero.conformance.certificate import Certificate
     from step3_hetero.conformance.exam import CaseResult
 
-EPILOG = """\b
-Examples:
+EXAMPLES = {
+    "run": """\
   step3-hetero conformance run --backend cpu
   step3-hetero conformance run --backend cuda:1 --full --json cuda.json --junit cuda.xml
   step3-hetero conformance run --backend cpu --only "attention bfloat16" --only rope
-  step3-hetero conformance compare cuda.json ascend.json
-  step3-hetero conformance record --backend cpu --out vectors.safetensors
-  step3-hetero conformance verify vectors.safetensors --backend ascend
-"""
+""",
+    "compare": "  step3-hetero conformance compare cuda.json ascend.json\n",
+    "record": "  step3-hetero conformance record --backend cpu --out vectors.safetensors\n",
+    "verify": "  step3-hetero conformance verify vectors.safetensors --backend ascend\n",
+}
+
+
+def _epilog(*commands: str) -> str:
+    """Return the examples of some commands as ``--help`` shows them."""
+    return "\b\nExamples:\n" + "".join(EXAMPLES[name] for name in commands)
+
 
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C ended: 128 and the signal's number, as shells have it."""
@@ -54,7 +61,7 @@ workers_option = click.option(
 )
 deadline_option = click.option(
     "--deadline",
-    type=click.FloatRange(1),
+    type=Number(1),
     default=300.0,
     show_default=True,
     help="Seconds after which a case hangs.",
@@ -64,12 +71,12 @@ scope_option = click.option(
 )
 
 
-@click.group("conformance", epilog=EPILOG)
+@click.group("conformance", epilog=_epilog(*EXAMPLES))
 def command() -> None:
     """Hold a backend against the reference, case by case, and certify what holds."""
 
 
-@command.command("run")
+@command.command("run", epilog=_epilog("run"))
 @backend_option
 @option_option
 @click.option("--interpret", is_flag=True, help="Short for --option interpret=true.")
@@ -98,12 +105,14 @@ def run(
     from step3_hetero.conformance.gaps import known_gaps
     from step3_hetero.conformance.junit import write_junit
     from step3_hetero.conformance.suite import Target, apply_gaps, select, workers
+    from step3_hetero.placement.written import check_writable
 
     asked = Target.parse(target, [*options, *(["interpret=true"] if interpret else [])])
     backend = asked.backend()
     gaps = known_gaps(backend)
     chosen = select(only, full=full)
-    _check_folders(certificate, junit)
+    check_writable("--json", certificate)
+    check_writable("--junit", junit)
     results: list[CaseResult] = []
     is_whole = True
     with workers(asked, count=count, deadline_s=deadline) as pool:
@@ -130,10 +139,11 @@ def run(
         raise click.exceptions.Exit(1 if is_whole else INTERRUPTED)
 
 
-@command.command("compare")
+@command.command("compare", epilog=_epilog("compare"))
 @click.argument("one", type=file_argument)
 @click.argument("other", type=file_argument)
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True,
+              help="Differences to list at most; --json has all.")  # fmt: skip
 @json_option
 def compare_command(one: Path, other: Path, limit: int, as_json: bool) -> None:
     """List where two devices differ, although both may pass; the largest differences first."""
@@ -166,7 +176,7 @@ def compare_command(one: Path, other: Path, limit: int, as_json: bool) -> None:
     print_table(title, header, rows)
 
 
-@command.command("record")
+@command.command("record", epilog=_epilog("record"))
 @backend_option
 @option_option
 @only_option
@@ -183,12 +193,13 @@ def record_command(
     from step3_hetero.conformance.forms import OpTrial
     from step3_hetero.conformance.stages import StageCase
     from step3_hetero.conformance.suite import Target, select
+    from step3_hetero.placement.written import check_writable
 
     asked = Target.parse(target, options)
     asked.backend()
     every = select(only, full=full)
     chosen = [t for t in every if isinstance(t, OpTrial | StageCase)]
-    _check_folders(out)
+    check_writable("--out", out)
     backend, device = asked.open()
     kept = {}
     left_out = {t.id: "a whole model is not recorded" for t in every if t not in chosen}
@@ -208,7 +219,7 @@ def record_command(
     click.echo(f"{out}: {len(kept)} of {len(every)} cases, {out.stat().st_size:,} bytes")
 
 
-@command.command("verify")
+@command.command("verify", epilog=_epilog("verify"))
 @click.argument("file", type=file_argument)
 @backend_option
 @option_option
@@ -231,11 +242,12 @@ def verify_command(
     from step3_hetero.conformance.gaps import known_gaps
     from step3_hetero.conformance.junit import write_junit
     from step3_hetero.conformance.suite import Target, apply_gaps, workers
+    from step3_hetero.placement.written import check_writable
 
     asked = Target.parse(target, options)
     gaps = known_gaps(asked.backend())
     manifest, cases = vectors.read(file)
-    _check_folders(junit)
+    check_writable("--junit", junit)
     chosen = [trials()[case] for case in cases]
     results = []
     with (
@@ -265,13 +277,6 @@ def verify_command(
 def _brief(result: CaseResult) -> dict[str, object]:
     said = [f"{f.check}: {f.message}" for f in result.findings]
     return {"id": result.id, "status": result.status, "worst": result.worst, "findings": said}
-
-
-def _check_folders(*files: Path | None) -> None:
-    """Refuse a file that could not be written after minutes of work."""
-    for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise click.BadParameter(f"{file}: no folder {str(file.parent)!r}")
 
 
 def _print_run(certificate: Certificate, results: list[CaseResult]) -> None:

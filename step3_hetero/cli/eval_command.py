@@ -25,7 +25,7 @@ Examples:
 """
 
 
-@click.group("eval")
+@click.group("eval", epilog=EPILOG)
 def command() -> None:
     """Measure a model's accuracy through the full engine."""
 

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  step3-hetero generate examples/digits.yaml --image 7.png --prompt "which digit is this ?"
-  step3-hetero generate examples/digits.yaml --image 7.png --image 8.png \\
-      --prompt "what is the sum ?" --logprobs 3 --json
+  step3-hetero generate examples/digits.yaml --prompt "which digit is this ?" \\
+      --image examples/digits/7_held-out_0007.png
+  step3-hetero generate examples/digits.yaml --prompt "what is the sum ?" --logprobs 3 --json \\
+      --image examples/digits/7_held-out_0007.png --image examples/digits/1_held-out_0047.png
   step3-hetero generate run.yaml --prompt-ids 1,2,3 --max-tokens 16 --temperature 0.8 --seed 7
   step3-hetero generate run.yaml --prompt-ids 1,2,3 --set roles.f.backend=cpu
   step3-hetero generate run.yaml --prompt-ids 1,2,3 --timings --trace trace.json

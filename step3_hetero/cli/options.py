@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -13,6 +14,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 PIPED_WIDTH = 10_000
 """Columns of a table that is not for a terminal."""
+
+
+class Number(click.FloatRange):
+    """A number within bounds. NaN, which no comparison refuses, and infinities are none."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number; fail as click's types do."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
 
 config_argument = click.argument("config", type=click.Path(dir_okay=False))
 

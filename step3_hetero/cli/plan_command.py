@@ -28,10 +28,12 @@ colocated (only plans that split).
 @click.command("plan", epilog=EPILOG)
 @click.option("--model", required=True, help="step3, a model's folder, or a model of the paper.")
 @click.option("--pool", "pools", multiple=True, metavar="CARD=N", help="Cards. May be repeated.")
-@click.option("--inventory", help="Servers, racks and links, instead of --pool.")
+@click.option("--inventory", metavar="FILE", help="Servers, racks and links, instead of --pool.")
 @click.option("--context", type=int, default=8192, show_default=True, help="Tokens of context.")
-@click.option("--tpot-ms", type=float, default=50.0, show_default=True, help="Time per token.")
-@click.option("--jitter", type=float, default=0.10, show_default=True, help="Part kept free.")
+@click.option(
+    "--tpot-ms", type=float, default=50.0, show_default=True, help="Longest time a token."
+)
+@click.option("--jitter", type=float, default=0.10, show_default=True, help="Part of it kept free.")
 @click.option("--demand", type=float, metavar="TOKENS/S", help="Serve this much, no more.")
 @click.option(
     "--objective", type=click.Choice(["usd", "tokens", "cards"]), default="usd", show_default=True,
@@ -41,12 +43,14 @@ colocated (only plans that split).
 @click.option("--host-nics-per-server", type=int, help="Host NICs that a server's cards share.")
 @click.option("--pcie-gbytes", type=float, help="PCIe of a card each way, GB/s; 20 assumed.")
 @click.option("--exclude", multiple=True, metavar="KIND:WHAT", help="See below. May be repeated.")
-@click.option("--profile", "profiles", multiple=True, help="A measured device for the data sheet.")
+@click.option("--profile", "profiles", multiple=True, metavar="FILE",
+              help="A measured device for the data sheet. May be repeated.")  # fmt: skip
 @click.option(
-    "--catalogue", "catalogues", multiple=True, help="A catalogue file over the built-in."
-)
-@click.option("--out", help="Write the plan as a config.")
-@click.option("--html", help="Write a report.")
+    "--catalogue", "catalogues", multiple=True, metavar="FILE",
+    help="A catalogue file over the built-in cards. May be repeated.",
+)  # fmt: skip
+@click.option("--out", metavar="FILE", help="Write the plan as a config.")
+@click.option("--html", metavar="FILE", help="Write a report.")
 @json_option
 def command(out: str | None, html: str | None, as_json: bool, **options: Any) -> None:
     """Say where attention and FFN should run, what a million tokens costs, and why.
@@ -59,7 +63,10 @@ def command(out: str | None, html: str | None, as_json: bool, **options: Any) ->
     from step3_hetero.placement.plan_json import plan_json
     from step3_hetero.placement.planner import plan
     from step3_hetero.placement.racks import place_on_racks
+    from step3_hetero.placement.written import check_writable
 
+    check_writable("--out", out)
+    check_writable("--html", html)
     asked = Asked.of(**options)
     placed = place_on_racks(plan(asked.request), asked.servers)
     outcome = placed.outcome

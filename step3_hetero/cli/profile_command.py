@@ -29,7 +29,8 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 @click.command("profile", epilog=EPILOG)
 @click.option("--backend", help="The backend to measure.")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Its number.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True,
+              help="Of products and attention; stages have that of --config.")  # fmt: skip
 @click.option("--config", help="Measure the stages of this config's model, too.")
 @click.option("--card", help="The catalogue's name of the card; found by the driver's name.")
 @click.option("--edge", metavar="ADDRESS",
@@ -49,6 +50,9 @@ def command(
 
     The planner takes the file instead of the data sheet. Measure on a quiet machine.
     """
+    from step3_hetero.placement.written import check_writable
+
+    check_writable("--out", out)
     if backend is None and edge is None:
         raise RequestError("give --backend with what to measure, or --edge with a role's address")
     if backend is None:
@@ -144,8 +148,25 @@ def _show(profile: Profile) -> None:
         for e in profile.linear
     ]
     rows += [("attention", e["rows"], e["context"], _us(e)) for e in profile.attention]
-    rows += [(e["kind"], e["rows"], e["context"], _us(e)) for e in profile.stages]
+    rows += [(_stage(e), e["rows"], e["context"], _us(e)) for e in profile.stages]
     print_table("measured", ("what", "rows", "context", "us"), rows)
+
+
+def _stage(entry: Any) -> str:
+    """Name a stage of a model so that it is told from its like, and from the op.
+
+    >>> _stage({"kind": "ffn", "key": "FfnSpec(dtype='bfloat16', experts=48)"})
+    'stage ffn, MoE'
+    >>> _stage({"kind": "attention", "key": "AttentionSpec(adds=False, router=None)"})
+    'stage attention, first layer'
+    """
+    key = entry["key"]
+    said = {
+        "ffn": ["dense" if "experts=0" in key else "MoE"],
+        "attention": ["first layer"] * ("adds=False" in key)
+        + ["with router"] * ("router=None" not in key),
+    }.get(entry["kind"], [])
+    return ", ".join([f"stage {entry['kind']}", *said])
 
 
 def _us(entry: Any) -> str:

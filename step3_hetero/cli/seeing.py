@@ -15,7 +15,6 @@ import click
 
 from step3_hetero.cli.loading import load_engine
 from step3_hetero.cli.options import human_bytes, print_table
-from step3_hetero.errors import RequestError
 
 if TYPE_CHECKING:
     from step3_hetero.runtime.engine import Engine
@@ -67,12 +66,12 @@ def seen_engine(
     Raises:
         RequestError: the trace cannot be written, or the port not be taken.
     """
+    from step3_hetero.placement.written import check_writable
     from step3_hetero.runtime.timeline import Timeline
 
     timeline = None
     if seeing.trace is not None:
-        if not Path(seeing.trace).absolute().parent.is_dir():
-            raise RequestError(f"--trace {seeing.trace}: its folder is not there; make it first")
+        check_writable("--trace", seeing.trace)
         timeline = options["timeline"] = Timeline()
     if seeing.metrics_port is not None:
         from step3_hetero.serve.metrics import require_client

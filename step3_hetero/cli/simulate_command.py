@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from step3_hetero.cli.options import json_option, print_json, print_table, progress
+from step3_hetero.cli.options import Number, json_option, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from step3_hetero.placement.simulate_result import Result, RoleUse
@@ -34,14 +34,14 @@ LONGEST_CV = 10.0
 )
 @click.option(
     "--jitter",
-    type=click.FloatRange(0, LONGEST_CV),
+    type=Number(0, LONGEST_CV),
     default=0.0,
     metavar="CV",
     help="Standard deviation over mean of every service time (lognormal).",
 )
 @click.option(
     "--context-cv",
-    type=click.FloatRange(0, LONGEST_CV),
+    type=Number(0, LONGEST_CV),
     default=0.0,
     metavar="CV",
     help="The same of the sequences' contexts; the mean is the plan's.",
@@ -71,7 +71,10 @@ def command(
     from step3_hetero.placement.simulate_contexts import Contexts
     from step3_hetero.placement.simulate_plan import PlanFile, read_contexts
     from step3_hetero.placement.trace import SliceRecorder
+    from step3_hetero.placement.written import check_writable
 
+    check_writable("--trace", trace)
+    check_writable("--html", html)
     read = PlanFile.read(Path(plan))
     sample = read_contexts(Path(contexts)) if contexts else ()
     loss = read.loss(fail) if fail else None

@@ -50,7 +50,9 @@ def command(
     from step3_hetero.afd.loglines import LogFiles, to_all
     from step3_hetero.afd.up import Supervisor, first_addresses, write_attach
     from step3_hetero.cli.up_show import EventLines, Table
+    from step3_hetero.placement.written import check_writable
 
+    check_writable("--attach", attach)
     resolved = _resolved(config, overrides)
     files = LogFiles(Path(log_dir)) if log_dir is not None else None
     counts = {name: len(r.stages) for name, r in resolved.placement.roles.items()}

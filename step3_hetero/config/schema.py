@@ -328,6 +328,7 @@ class Config(_Section):
         """Yield what is wrong between keys, or between a key and the disk."""
         if "/" in self.model and self.model_path is None:
             message = f"model: no folder {str(self._base / self.model)!r}"
+            message += "; a path is relative to the config's folder"
             yield Problem(self._document.place(["model"]), message)
         if self.runtime.processes == "one" and self.runtime.microbatches > 1:
             place = self._document.place(("runtime", "microbatches"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from step3_hetero.conformance.bisect_report import HEADER, BisectReport
 from step3_hetero.errors import RequestError
+from step3_hetero.placement.written import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +34,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         known = " or ".join(SUFFIXES)
         raise RequestError(f"--plot {path}: unknown kind {path.suffix!r}; expected {known}")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"--plot {path}: no folder {str(path.parent)!r}")
+    check_writable("--plot", path)
     if find_spec("matplotlib") is None:
         raise RequestError(
             "--plot needs matplotlib, which is not installed: pip install matplotlib"

@@ -108,7 +108,8 @@ def read_replay(path: Path) -> Replay:
         arrays = {n: x.view(dtype_of(told["dtypes"][n])) for n, x in stored.items()}
         return _replay(told, arrays)
     except OSError as cause:
-        raise ConfigError(f"{path}: cannot be read: {cause}") from cause
+        why = cause if path.exists() else "No such file or directory"
+        raise ConfigError(f"{path}: cannot be read: {why}") from cause
     except (SafetensorError, KeyError, TypeError, ValueError) as cause:
         raise ConfigError(
             f"{path}: no replay file, or damaged: {cause}; the shadow check writes them"

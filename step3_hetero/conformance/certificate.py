@@ -143,7 +143,10 @@ class Certificate(_Record):
         except ValidationError as cause:
             first = cause.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"
-            raise ConfigError(f"{path}: no certificate: {place}: {first['msg']}") from cause
+            raise ConfigError(
+                f"{path}: no certificate: {place}: {first['msg']}; "
+                "step3-hetero conformance run --json FILE writes one"
+            ) from cause
 
 
 def certify(

@@ -115,6 +115,13 @@ def select(only: Sequence[str] = (), *, full: bool = False) -> list[AnyCase]:
     return chosen
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Bad input, in a worker's words: what was asked of a device that it does not have."""
+
+    why: str
+
+
 class Workers:
     """Processes that hold a device each; one that dies takes its case with it and is replaced."""
 
@@ -127,11 +134,14 @@ class Workers:
         """Return the device as it describes itself once opened.
 
         Raises:
+            PlacementError: there is no such device, or it refuses an option.
             ConformanceError: it cannot be opened, or the attempt crashed or hung.
         """
         result = self._call(_describe, self._target)
         if isinstance(result, DeviceInfo):
             return result
+        if isinstance(result, Refused):
+            raise PlacementError(f"{self._target} cannot be opened: {result.why}")
         raise ConformanceError(f"{self._target} cannot be opened: {result}")
 
     def examine(self, chosen: Iterable[AnyCase]) -> Iterator[CaseResult]:
@@ -242,7 +252,7 @@ def _opened(target: Target) -> tuple[Backend, Device]:
     return target.open()
 
 
-def _describe(target: Target) -> DeviceInfo | str:
+def _describe(target: Target) -> DeviceInfo | Refused | str:
     """Return the device's description as plain data: what a vendor raises may not travel."""
     try:
         info = _opened(target)[1].info
@@ -250,6 +260,8 @@ def _describe(target: Target) -> DeviceInfo | str:
         for name in ("flops_per_s", "links"):
             said[name] = dict(said[name])
         return DeviceInfo(**said)
+    except (ConfigError, PlacementError) as refused:
+        return Refused(str(refused))
     except Exception as error:  # a vendor's code may raise anything
         return described(error)
 

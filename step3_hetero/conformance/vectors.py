@@ -122,7 +122,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Recorded]]:
     """
     raw = _bytes(path)
     try:
-        manifest = json.loads(_header(raw)["__metadata__"]["manifest"])
+        about = _header(raw).get("__metadata__") or {}
+        if "manifest" not in about:
+            raise ConfigError(
+                f"{path}: no vector file; step3-hetero conformance record writes them"
+            )
+        manifest = json.loads(about["manifest"])
         if not _intact(raw, manifest["digest"]):
             raise ConfigError(f"{path}: its bytes do not match its digest; record it again")
         if manifest["version"] != VERSION:
@@ -134,7 +139,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Recorded]]:
             for case, entry in manifest["cases"].items()
         }
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise ConfigError(f"{path}: damaged or cut off: {cause}") from cause
+        raise ConfigError(f"{path}: damaged or cut off: {cause}; copy it again") from cause
     if not cases:
         raise ConfigError(f"{path}: holds no case; record it again")
     for case in cases:

@@ -46,6 +46,22 @@ def emulated_card(config: Config, name: str, backend: Backend) -> EmulatedCard |
     return EmulatedCard(card, role.emulate, role.devices[0] if role.devices else 0, dtypes_of(card))
 
 
+def asked_card(
+    config: Config, name: str, backend: Backend
+) -> tuple[EmulatedCard | None, DeviceInfo]:
+    """Return the card that is emulated, if one is, and the device that a role asks for.
+
+    Raises:
+        ConfigError: as `emulated_card`; the backend has no such card.
+    """
+    if card := emulated_card(config, name, backend):
+        return card, card.info(backend.reference_info(None))
+    try:
+        return None, backend.reference_info(config.roles[name].card)
+    except PlacementError as cause:
+        raise config.error(f"roles.{name}.card", str(cause)) from cause
+
+
 def _is_host(info: DeviceInfo) -> bool:
     """Say whether a device is the host's own processor, or stands in for another on it."""
     return info.memory_domain == "host" or info.tier != "device"

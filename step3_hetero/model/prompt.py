@@ -201,7 +201,7 @@ def _token_ids(
 def _token_id(value: object, place: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise RequestError(
-            f"token id {place} of the prompt: expected 0 or more, found {short(value)}"
+            f"token {short(value)} at place {place} is no token id; allowed: whole numbers from 0"
         )
     return int(value)
 

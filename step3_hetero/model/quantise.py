@@ -107,6 +107,10 @@ def quantise_checkpoint(
         raise CheckpointError(f"{source}: block FP8 already; quantise the original")
     checkpoint = Checkpoint.open(source, config)
     _check_absent(out)
+    if not out.absolute().parent.is_dir():
+        raise CheckpointError(
+            f"{out}: cannot be written: no folder {str(out.parent)!r}; make it first"
+        )
     work = out.parent / f".{out.name}.{os.getpid()}.partial"
     try:
         work.mkdir()
@@ -116,7 +120,7 @@ def quantise_checkpoint(
         _check_absent(out)
         work.rename(out)
     except OSError as cause:
-        raise CheckpointError(f"{out}: cannot be written: {cause}") from cause
+        raise CheckpointError(f"{out}: cannot be written: {cause.strerror}") from cause
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out

@@ -11,7 +11,7 @@ import numpy as np
 
 from step3_hetero.backend import Backend, DeviceInfo
 from step3_hetero.config import Config, stage_ranges
-from step3_hetero.emulate.asked import emulated_card
+from step3_hetero.emulate.asked import asked_card
 from step3_hetero.emulate.card import EmulatedCard
 from step3_hetero.errors import PlacementError, UnsupportedOp
 from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
@@ -227,8 +227,7 @@ def _role_plan(
     role = config.roles[name]
     backend = get_backend(role.backend)
     weight_format = DTYPE.get(role.weights, role.weights)
-    card = emulated_card(config, name, backend)
-    info = card.info(backend.reference_info(None)) if card else backend.reference_info(role.card)
+    card, info = asked_card(config, name, backend)
     try:
         last = role_stages(stages, model, role.ep * role.tp - 1, role.ep, role.tp)
         stages = role_stages(stages, model, 0, role.ep, role.tp)

@@ -214,7 +214,9 @@ class TcpTransport(Transport):
             sock.listen()
         except OSError as cause:
             sock.close()
-            raise ConfigError(f"cannot listen at {address!r}: {cause.strerror}") from cause
+            raise ConfigError(
+                f"cannot listen at {address!r}: {cause.strerror}; take another port"
+            ) from cause
         name = f"[{host}]" if ":" in host else host
         where = f"{name}:{sock.getsockname()[1]}"
         return SocketListener(sock, where, meet)

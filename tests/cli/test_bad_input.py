@@ -152,7 +152,10 @@ PLACEMENTS = {
     "unknown role": ("roles.g.backend=cpu", "unknown role 'g'; roles: a, f"),
     "no value": ("roles.f.backend", "expected key=value"),
     "later work": ("runtime.fallback=true", "runtime.fallback: true is not available yet"),
-    "card of a host": (F + "card=h800", "backend cpu has no card 'h800'"),
+    "card of a host": (
+        F + "card=h800",
+        "--set roles.f.card=h800: .* backend cpu has no card 'h800'",
+    ),
 }
 
 

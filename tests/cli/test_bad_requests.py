@@ -20,7 +20,10 @@ REQUESTS = {
     "no ids": (("--prompt-ids", ""), "'' refused"),
     "endless id": (("--prompt-ids", "9" * 5000), "refused; allowed: whole numbers"),
     "id of the vocabulary's size": (("--prompt-ids", "5,64"), "token 64 at place 1 .* 0 to 63"),
-    "negative id": (("--prompt-ids=-1",), "expected 0 or more, found -1"),
+    "negative id": (
+        ("--prompt-ids=-1",),
+        "token -1 at place 0 is no token id; allowed: whole numbers from 0",
+    ),
     "image token, no image": (("--prompt-ids", "1,6,2"), r"1 <im_patch> token .* but 0 images"),
     "image token in text": (("--prompt", "<im_patch>"), r"1 <im_patch> token .* but 0 images"),
     "over the context": (("--prompt", "sum " * 5000), "tokens, the model's context is 4096"),

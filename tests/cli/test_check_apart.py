@@ -36,3 +36,18 @@ def test_check_refuses_what_is_no_address_of_the_transport(refuse, digits, kind,
 def test_role_of_a_config_for_one_process_is_refused(refuse, digits):
     error = refuse("role", digits, "--name", "f")
     assert "runtime.processes: one has no roles to start; set it to per-role" in error
+
+
+def test_check_says_how_processes_on_one_device_are_parted(succeed, digits):
+    """No edge is counted between roles on one device; with processes they send all the same."""
+    one = ("check", digits, "--set", "roles.f.backend=cpu")
+    assert "no edge crosses between devices\n" in succeed(*one).out
+    apart = ("--set", "runtime.processes=per-role", "--set", "transport.kind=tcp")
+    said = "no edge crosses between devices; roles are processes, and what they send each other"
+    assert f"{said} goes by tcp\n" in succeed(*one, *apart).out
+
+
+@pytest.mark.parametrize(("blocks", "said"), [(1, "1 block"), (2, "2 blocks")])
+def test_check_counts_blocks(succeed, digits, blocks, said):
+    out = succeed("check", digits, "--set", f"runtime.kv_blocks={blocks}").out
+    assert f"KV cache: {said} of 128 tokens in every layer\n" in out

@@ -39,7 +39,7 @@ def test_timings_go_to_standard_error(generate):
 def test_folder_that_is_not_there_is_refused_before_anything_is_loaded(generate, tmp_path):
     told = generate("--trace", tmp_path / "none" / "trace.json")
     assert told.code == 2 and told.out == ""
-    assert "its folder is not there" in told.err and "loading" not in told.err
+    assert "no folder" in told.err and "loading" not in told.err
 
 
 def test_port_out_of_range_is_refused(generate):

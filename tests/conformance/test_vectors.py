@@ -134,5 +134,5 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         vectors.read(tmp_path / "none.safetensors")
     shutil.copy("models/tiny-step3-digits/model-00001-of-00002.safetensors", tmp_path / "m")
-    with pytest.raises(ConfigError, match="damaged or cut off"):
+    with pytest.raises(ConfigError, match="no vector file"):
         vectors.read(tmp_path / "m")

@@ -161,3 +161,33 @@ def test_a_set_shared_by_two_kinds_of_attention_is_not_written_twice(tmp_path):
     assert "share 1 FFN set" in str(done.exception) and "--exclude attention:" in str(
         done.exception
     )
+
+
+@pytest.fixture(scope="module")
+def of_the_docs(tmp_path_factory):
+    """Return the plan of README.md and docs/planner.md, as written and as JSON."""
+    path = tmp_path_factory.mktemp("docs") / "plan.yaml"
+    asked = ["--model", "step3", "--pool", "h800=32", "--pool", "h20=64", "--out", str(path)]
+    done = CliRunner().invoke(plan, [*asked, "--json"], catch_exceptions=False)
+    return path, json.loads(done.stdout)
+
+
+def test_plan_of_the_docs_fits_the_cards_that_it_fills(of_the_docs):
+    path, document = of_the_docs
+    assert document["attention"]["batch"] == pytest.approx(103)
+    assert "is full at 103" in document["binding"]  # one sequence more does not fit
+    assert yaml.safe_load(path.read_text())["runtime"]["max_batch"] == 3 * 103
+    done = CliRunner().invoke(check, [str(path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "A2F" in done.output and "F2A" in done.output  # as `check` of another config writes them
+
+
+def test_curve_of_a_plan_does_not_lie_above_it(of_the_docs):
+    _, document = of_the_docs
+    at_asked = {
+        line["label"]: next(p["usd_per_mtok"] for p in line["points"] if p["context"] == 8192)
+        for line in document["cost_by_context"]
+    }
+    (chosen,) = (line["label"] for line in document["cost_by_context"] if line["chosen"])
+    assert at_asked[chosen] <= document["objective_usd_per_mtok"] * (1 + 1e-9)
+    assert min(at_asked, key=lambda label: at_asked[label]) == chosen

@@ -97,7 +97,7 @@ def test_plan_file_is_one_that_simulate_reads(run, tmp_path):
         (("--pool", "h99=4"), "unknown card 'h99'; cards: h800"),
         (("--pool", "h800"), "expected CARD=COUNT"),
         (("--pool", "h800=-3"), "expected CARD=COUNT with a whole number of cards"),
-        (("--pool", "h800=32", "--tpot-ms", "-1"), "expected 0.001 to 1e+06 milliseconds"),
+        (("--pool", "h800=32", "--tpot-ms", "-1"), "expected 0.001 to 1,000,000 milliseconds"),
         (("--pool", "h800=32", "--model", "none"), "unknown model 'none'; models of the paper"),
         (("--pool", "h800=32", "--model", "none"), "or step3, or a folder with the config.json"),
     ],
@@ -114,3 +114,27 @@ def test_what_cannot_be_served_says_why_and_what_would_change_it(planned):
     assert not few["feasible"]
     assert "304.1 GB" in json.dumps(few) and "h800=6" in json.dumps(few)
     assert planned("--pool", "h800=6")["feasible"]
+
+
+def test_sets_that_outnumber_their_micro_batches_are_told_of(run):
+    cards = ("--pool", "h800=1104", "--pool", "ascend-910b=9936", "--exclude", "ffn:h800")
+    nics = ("--host-nic-gbit", "25", "--host-nics-per-server", "1")
+    only = ("--exclude", "attention:ascend-910b", "--exclude", "colocated")
+    code, out, err = run("plan", *ASKED, *cards, *nics, *only, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    sets = found["ffn"]["sets"]
+    fed = found["attention"]["instances"] * found["attention"]["micro_batches"]
+    assert sets > fed
+    (said,) = (note for note in found["notes"] if "micro-batches feed them" in note)
+    assert f"{sets} sets" in said and f"only {fed} micro-batches" in said
+
+
+def test_exclusions_that_leave_a_role_no_card_are_named_as_the_reason(run):
+    cards = ("--pool", "h800=32", "--pool", "h20=32")
+    none_left = ("--exclude", "ffn:h800", "--exclude", "ffn:h20")
+    code, _, err = run("plan", *ASKED, *cards, *none_left)
+    assert code == 2
+    assert "no card is left for ffn; leave out --exclude ffn:h20 or --exclude ffn:h800" in err
+    code, _, err = run("plan", *ASKED, "--pool", "h800=4", *none_left[:2])
+    assert "no card is left for ffn" in err

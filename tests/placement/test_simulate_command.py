@@ -84,7 +84,7 @@ def test_trace_and_chart_are_written_whole(plan, tmp_path):
 
 def test_file_that_cannot_be_written_leaves_nothing(plan, tmp_path):
     said = refused(plan(), "--trace", tmp_path / "none" / "trace.json")
-    assert "trace.json cannot be written: No such file or directory" in said
+    assert "trace.json: no folder" in said and "make it first" in said
     (tmp_path / "taken").mkdir()
     assert "is a directory" in run(plan(), "--trace", tmp_path / "taken").stderr
     assert {p.name for p in tmp_path.iterdir()} == {"plan.yaml", "taken"}

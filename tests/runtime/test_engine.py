@@ -165,7 +165,7 @@ def test_a_bad_parameter_is_named_with_what_is_allowed(field, value):
     [
         ([], "the prompt is empty|is empty"),
         ([5, 130], "token 130 at place 1 is outside the vocabulary; allowed: 0 to 129"),
-        ([-1], "token id 0 of the prompt: expected 0 or more, found -1"),
+        ([-1], "token -1 at place 0 is no token id; allowed: whole numbers from 0"),
         ([5] * 640, "the prompt has 640 tokens, the model's context is 640"),
     ],
 )
