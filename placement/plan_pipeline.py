@@ -114,7 +114,8 @@ def _attention_group(
     out, back = a2f_bytes(problem.workload, problem.wire_dtype), f2a_bytes(problem.workload)
     pools = plan.pools
     message_s = max(pools[p].efficiency.message_s for p in (column.pool, partner.pool))
-    other_hops = rows * (wire.message_s_per_byte - wire.busy_s_per_byte) * (out + back) / 2
+    whole_s = partner.ep * sum(wire.message_s(rows / partner.ep * way) for way in (out, back))
+    other_hops = (whole_s - rows * wire.busy_s_per_byte * (out + back)) / 2
     only = len(plan.attention) == 1 and len(plan.ffn) == 1
     name = pools[column.pool].name
     return AttentionGroup(
