@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from step3_hetero.placement.curves import curves
+from step3_hetero.placement.edges import edges_json
 from step3_hetero.placement.efficiency import CASES
 from step3_hetero.placement.explain import Alternative, alternatives, binding, label_of
 from step3_hetero.placement.infeasible import why_infeasible
@@ -86,6 +87,7 @@ def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
         "breakdown": breakdown(best, problem.pools),
         "prefill": prefill_json(best, request),
         "run": run,
+        "edges": edges_json(best, problem) if isinstance(best, SplitPlan) else [],
         **(curves(outcome) if about.with_curves else {}),
         "pipeline": pipeline.to_json(),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from step3_hetero.cli.options import json_option, print_json, print_table
+from step3_hetero.cli.options import human_bytes, json_option, print_json, print_table
 
 EPILOG = """\b
 Examples:
@@ -114,6 +114,7 @@ def _show(document: dict[str, Any]) -> None:
         rows += [_row("FFN", g) for g in document["ffn"]["groups"]]
     header = ("role", "pool", "cards", "instances", "TP", "EP", "precision", "batch")
     print_table("placement", header, rows if document["split"] else [_both(r) for r in rows])
+    _edges(document["edges"])
     _alternatives(document["alternatives"])
     _notes(document["notes"])
 
@@ -126,6 +127,28 @@ def _row(role: str, group: dict[str, Any]) -> tuple[str, ...]:
 
 def _both(row: tuple[str, ...]) -> tuple[str, ...]:
     return ("attention and FFN", *row[1:])
+
+
+def _edges(found: Sequence[dict[str, Any]]) -> None:
+    """Print what one micro-batch in one layer takes on each edge; none where nothing is split."""
+    rows = [
+        (
+            f"{e['attention']} - {e['ffn']}", e["over"], e["slowest_hop"], e["members"],
+            *(_way(e, way) for way in ("a2f", "f2a")),
+        )
+        for e in found
+    ]  # fmt: skip
+    header = (
+        "edge", "over", "slowest hop", "members", "a card to each, all in", "and back, all in"
+    )  # fmt: skip
+    if rows:
+        print_table("edges, for one micro-batch in one layer", header, rows)
+
+
+def _way(edge: dict[str, Any], way: str) -> str:
+    pieces = edge[f"{way}_pieces"]
+    cut = f" in {pieces} pieces" if pieces > 1 else ""
+    return f"{human_bytes(edge[f'{way}_message_bytes'])}{cut}, {edge[f'{way}_s'] * 1e6:.0f} us"
 
 
 def _alternatives(found: Sequence[dict[str, Any]]) -> None:
