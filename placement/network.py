@@ -28,7 +28,7 @@ CARD, HOST = "card", "host"
 """The two kinds of wire: the cards' own NICs, or the servers' host NICs."""
 
 ASSUMED_PCIE_BYTES_PER_S = 20e9
-"""Where the catalogue has no PCIe rate: the one of the host-bounce estimate in docs/calibration.md.
+"""Where the catalogue has no PCIe rate: the one of the host-bounce estimate in docs/planner.md.
 
 Unlike the host NICs it is assumed, and the plan says so: a hop over the NIC that eight cards share
 is several times as long.
