@@ -254,6 +254,14 @@ def degrees(pool: Pool) -> list[int]:
     return [tp for tp in DEGREES if tp <= pool.server_cards and (linked or tp == 1)]
 
 
+def largest_set(pool: Pool, workload: Workload) -> int:
+    """Return the cards of the largest FFN set that a pool's servers hold."""
+    sets = [
+        tp * ep for tp in degrees(pool) for ep in expert_degrees(workload) if ep <= pool.groups(tp)
+    ]
+    return max(sets, default=0)
+
+
 def expert_degrees(workload: Workload) -> list[int]:
     """Return over how many instances the experts can be split: the divisors of their number."""
     experts = [part.experts for part in workload.parts if part.experts]

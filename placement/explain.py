@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from step3_hetero.placement.columns import AttentionColumn, FfnColumn
+from step3_hetero.placement.columns import AttentionColumn, FfnColumn, degrees, largest_set
 from step3_hetero.placement.network import NoWire, Wire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
 from step3_hetero.placement.planner import Found, Outcome, best_colocated, solve_at
@@ -128,10 +128,17 @@ def _too_small(request: Request, a: int, f: int, attention_fits: bool) -> str:
     if not allowed:
         return f"{pool.name} has no precision left that is not excluded"
     need = workload.weight_elements(stage) * ELEMENT_BYTES[allowed[0]]
-    have = pool.cards * pool.card.memory_bytes * MEMORY_SHARE
+    each = pool.card.memory_bytes * MEMORY_SHARE
+    held, who = pool.cards, f"{pool.cards} {pool.name} offer"
+    if need <= held * each and not attention_fits:
+        held = max(degrees(pool))
+        return f"no {held} {pool.name} of a server hold one sequence beside the attention weights"
+    if need <= held * each:  # together they would do, but no set takes them all
+        held = largest_set(pool, workload)
+        who = f"the largest set of {pool.cards} {pool.name} has {held}, which offer"
     return (
-        f"the {stage} weights take {need / 1e9:.0f} GB in {allowed[0]}, "
-        f"{pool.cards} {pool.name} offer {have / 1e9:.0f} GB"
+        f"the {stage} weights take {need / 1e9:.0f} GB in {allowed[0]}, {who} "
+        f"{held * each / 1e9:.0f} GB"
     )
 
 

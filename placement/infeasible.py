@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from step3_hetero.placement.columns import Problem
-from step3_hetero.placement.network import NoWire
+from step3_hetero.placement.columns import Problem, degrees
+from step3_hetero.placement.network import NoWire, Wire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
 from step3_hetero.placement.planner import best_colocated, best_split
 from step3_hetero.placement.plans import Request
@@ -94,10 +94,26 @@ def _memory(problem: Problem) -> str:
 def _time(request: Request) -> str:
     least = _least(lambda s: replace(request, tpot_s=s), request.tpot_s, SLOWEST_S)
     if least is None:
-        return "memory: no pool holds its weights beside one sequence of this context"
+        return (
+            _apart(request)
+            or "memory: no pool holds its weights beside one sequence of this context"
+        )
     return (
         f"latency: the fastest plan takes {least * 1e3:.3g} ms a token, jitter margin included, "
         f"the target is {request.tpot_s * 1e3:g} ms ({least / request.tpot_s - 1:.0%} over)"
+    )
+
+
+def _apart(request: Request) -> str:
+    """Say that cards which would hold the model have no way to each other; empty: they have."""
+    if any(isinstance(wire, Wire) for wire in request.problem.wires.values()):
+        return ""
+    linked = [p.name for p in request.problem.pools if max(degrees(p)) > 1]
+    if linked:
+        return ""
+    names = " and ".join(p.name for p in request.problem.pools)
+    return (
+        f"network: no wire and no scale-up link joins cards of {names}, and one alone is too small"
     )
 
 

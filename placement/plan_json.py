@@ -24,6 +24,7 @@ from step3_hetero.placement.plans import (
     ColocatedPlan,
     Request,
     SplitPlan,
+    money,
 )
 from step3_hetero.placement.pools import Pool, with_case
 from step3_hetero.placement.solve import SAME
@@ -123,7 +124,9 @@ def run_notes(best: AnyPlan, run: Mapping[str, Any], request: Request) -> list[s
     if tpot_ms <= best.pass_s * 1e3 * (1 + RUN_TELLING):
         return []
     kept = "within" if tpot_ms <= target_ms else "beyond"
-    usd = "" if run["usd_per_mtok"] is None else f", ${run['usd_per_mtok']:.4f} per million tokens"
+    usd = (
+        "" if run["usd_per_mtok"] is None else f", {money(run['usd_per_mtok'])} per million tokens"
+    )
     return [
         f"as the pipeline runs: {tpot_ms:.1f} ms a token, {run['tokens_per_s']:,.0f} tokens/s{usd}"
         " (attention and FFN wait for each other between layers and between tokens, which the "

@@ -13,6 +13,7 @@ from typing import Any
 from step3_hetero.errors import PlacementError
 from step3_hetero.placement.gantt import gantt_values
 from step3_hetero.placement.pipeline import PredictedPipeline
+from step3_hetero.placement.plans import money
 from step3_hetero.placement.report_charts import COLOURS, context_figures, pareto_figures
 from step3_hetero.placement.report_data import PlanJson
 from step3_hetero.placement.simulate import Scenario, simulate
@@ -72,17 +73,6 @@ def _check(plan: Mapping[str, Any]) -> None:
             raise PlacementError(f"plan: {key}: expected a number, got {value!r}")
 
 
-def money(usd: float | None) -> str:
-    """Write dollars per million tokens with three digits that say something.
-
-    >>> money(0.05512), money(1.5), money(None)
-    ('$0.0551', '$1.500', '–')
-    """
-    if usd is None:
-        return "–"
-    return f"${usd:.3f}" if abs(usd) >= 1 else f"${usd:.4f}"
-
-
 def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the figures under the headline, name and value."""
     if not plan["feasible"]:
@@ -104,6 +94,8 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("as its pipeline runs", f"{run['tpot_ms']:.1f} ms, {money(run['usd_per_mtok'])}")
         )
+    for edge in plan.get("edges", ()):
+        found.append((f"slowest hop, {edge['attention']} to {edge['ffn']}", edge["slowest_hop"]))
     spread = plan.get("usd_per_mtok_range")
     if spread:
         found.append(("low to high case", f"{money(spread[0])} to {money(spread[1])}"))
@@ -124,7 +116,14 @@ def _roles(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), _text(value)) for key, value in values.items()]
+    return [_row(key, value) for key, value in values.items()]
+
+
+def _row(key: str, value: object) -> tuple[str, str]:
+    """Return a key and its value in words; seconds, which ``_s`` says, in milliseconds."""
+    if key.endswith("_s") and not key.endswith("per_s") and isinstance(value, float):
+        return f"{key.removesuffix('_s').replace('_', ' ')}, ms", f"{value * 1e3:,.2f}"
+    return key.replace("_", " "), _text(value)
 
 
 def _text(value: object) -> str:

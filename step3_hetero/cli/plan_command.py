@@ -91,8 +91,10 @@ def _finite(value: Any) -> Any:
 
 
 def _show(document: dict[str, Any]) -> None:
+    from step3_hetero.placement.plans import money
+
     usd = document["objective_usd_per_mtok"]
-    cost = "unpriced" if usd is None else f"${usd:.4f} per million tokens"
+    cost = "unpriced" if usd is None else f"{money(usd)} per million tokens"
     click.echo(f"{document['label']}")
     click.echo(
         f"{cost}, {document['tokens_per_s']:,.0f} tokens/s, "
@@ -100,13 +102,13 @@ def _show(document: dict[str, Any]) -> None:
     )
     if document["usd_per_mtok_range"]:
         low, high = document["usd_per_mtok_range"]
-        click.echo(f"range over the uncalibrated constants: ${low:.4f} to ${high:.4f}")
+        click.echo(f"range over the uncalibrated constants: {money(low)} to {money(high)}")
     bound = document["lower_bound"]
     if bound is not None:
         paper = document["paper_bound"]
         click.echo(
-            f"proven: no plan under ${bound:.4f} (gap {document['gap']:.2%}); "
-            f"paper's roofline ${paper:.4f}"
+            f"proven: no plan under {money(bound)} (gap {document['gap']:.2%}); "
+            f"paper's roofline {money(paper)}"
         )
     click.echo(document["binding"])
     rows = [_row("attention", g) for g in document["attention"]["groups"]]
@@ -152,16 +154,19 @@ def _way(edge: dict[str, Any], way: str) -> str:
 
 
 def _alternatives(found: Sequence[dict[str, Any]]) -> None:
+    from step3_hetero.placement.plans import money
+
     rows = [
         (
             a["label"],
-            "-" if a["usd_per_mtok"] is None else f"{a['usd_per_mtok']:.4f}",
+            money(a["usd_per_mtok"]).lstrip("$"),
             a["loses_on"],
             a["detail"],
         )
         for a in found
     ]
-    print_table("alternatives", ("placement", "$/Mtok", "loses on", "why"), rows)
+    if rows:
+        print_table("alternatives", ("placement", "$/Mtok", "loses on", "why"), rows)
 
 
 def _notes(notes: Sequence[str]) -> None:

@@ -121,6 +121,21 @@ def test_infeasible_says_which_constraint_and_what_would_help(pools, rest, said)
     assert reason.startswith(said) and "nearest change: --" in reason
 
 
+def test_a_pool_that_holds_the_weights_but_no_even_set_of_them_says_so():
+    """Five H800 offer 360 GB, but 48 experts and columns come out even over four at most: 288."""
+    found = alternatives(plan(step3_request("h800=5", "h20=32")))
+    said = [a.detail for a in found if a.label.endswith("FFN on h800")]
+    assert len(said) == 2
+    assert all("the largest set of 5 h800 has 4, which offer 288 GB" in detail for detail in said)
+
+
+def test_cards_that_nothing_joins_lack_a_network_and_not_memory():
+    """64 L20 have 3 TB; the catalogue knows neither a scale-up link nor a NIC of theirs."""
+    reason = why_infeasible(step3_request("l20=64", objective="tokens"))
+    assert reason.startswith("network: no wire and no scale-up link joins cards of l20")
+    assert "memory" not in reason and "cards.l20.server.host_nics" in reason
+
+
 def test_the_nearest_change_does_help_and_a_little_less_does_not():
     slow = step3_request("h800=32", tpot_s=0.004)
     said = float(why_infeasible(slow).rpartition("--tpot-ms ")[2]) * 1e-3

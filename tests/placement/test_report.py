@@ -209,3 +209,14 @@ def test_one_point_is_a_front_and_one_context_a_line():
 
 def test_money_keeps_three_digits():
     assert [module.money(usd) for usd in (0.05512, 2.5, None)] == ["$0.0551", "$2.500", "–"]
+    assert [module.money(usd) for usd in (0.00512, 1.384e-5, 0.0)] == [
+        "$0.00512", "$1.38e-05", "$0.0000",
+    ]  # fmt: skip
+
+
+def test_seconds_of_a_role_are_told_in_milliseconds_and_an_edge_by_its_slowest_hop():
+    edge = {"attention": "h800", "ffn": "ascend-910b", "slowest_hop": "PCIe of h800"}
+    role = {**full_plan()["attention"], "pass_s": 0.0090378}
+    text = page(attention=role, edges=[edge]).text
+    assert "pass, ms 9.04" in text and "pass s" not in text
+    assert "slowest hop, h800 to ascend-910b PCIe of h800" in text
