@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from step3_hetero.placement.columns import AttentionColumn, FfnColumn, degrees, largest_set
+from step3_hetero.placement.columns import AttentionColumn, FfnColumn, degrees, offered
 from step3_hetero.placement.network import NoWire, Wire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
 from step3_hetero.placement.planner import Found, Outcome, best_colocated, solve_at
@@ -126,19 +126,15 @@ def _too_small(request: Request, a: int, f: int, attention_fits: bool) -> str:
     stage = "ffn" if attention_fits else "attention"
     allowed = precisions(pool.card, request.problem.excluded_dtypes)
     if not allowed:
-        return f"{pool.name} has no precision left that is not excluded"
+        why = "left that is not excluded" if pool.card.flops_per_s else "in the catalogue"
+        return f"{pool.name} has no precision {why}"
     need = workload.weight_elements(stage) * ELEMENT_BYTES[allowed[0]]
-    each = pool.card.memory_bytes * MEMORY_SHARE
-    held, who = pool.cards, f"{pool.cards} {pool.name} offer"
-    if need <= held * each and not attention_fits:
+    if not attention_fits and need <= pool.cards * pool.card.memory_bytes * MEMORY_SHARE:
         held = max(degrees(pool))
         return f"no {held} {pool.name} of a server hold one sequence beside the attention weights"
-    if need <= held * each:  # together they would do, but no set takes them all
-        held = largest_set(pool, workload)
-        who = f"the largest set of {pool.cards} {pool.name} has {held}, which offer"
+    have, who = offered(pool, workload, need)
     return (
-        f"the {stage} weights take {need / 1e9:.0f} GB in {allowed[0]}, {who} "
-        f"{held * each / 1e9:.0f} GB"
+        f"the {stage} weights take {need / 1e9:.0f} GB in {allowed[0]}, {who} {have / 1e9:.0f} GB"
     )
 
 

@@ -57,8 +57,16 @@ class Request:
     pace_step: int = STEP
 
     def card_cost(self, pool: Pool) -> float:
-        """Return what a card adds to the objective: dollars per million seconds, or one."""
+        """Return what a card adds to the objective: dollars per million seconds, or one.
+
+        Of plans that serve the most tokens the cheapest counts; where a card has no price, the one
+        of the fewest cards.
+        """
         if self.objective == "cards":
+            return 1.0
+        if self.objective == "tokens" and any(
+            p.card.usd_per_hour is None for p in self.problem.pools
+        ):
             return 1.0
         return pool.card.price() / SECONDS_PER_HOUR * MILLION
 
