@@ -334,9 +334,11 @@ def notes(outcome: Outcome) -> list[str]:
     pools = request.problem.pools
     loose = [p.name for p in pools if not p.efficiency.calibrated]
     if loose:
+        shown = "the range shows the low and the high case of"
+        unpriced = usd_per_mtok(outcome.plan, pools) is None
         said.append(
-            f"uncalibrated: no measurement of {', '.join(loose)} is at hand; the range shows the "
-            "low and the high case of docs/calibration.md"
+            f"uncalibrated: no measurement of {', '.join(loose)} is at hand; "
+            f"{'see' if unpriced else shown} docs/calibration.md"
         )
     for p in pools:
         if "fp8" not in p.card.flops_per_s:

@@ -26,6 +26,8 @@ INSTANCES = 4
 MOST_SERVERS = 96
 """Drawn one by one; the page says how many more there are."""
 MOST_ALTERNATIVES = 10
+IN_USD = ("objective_usd_per_mtok", "lower_bound")
+"""Numbers that only a plan of the least dollars has for sure: other objectives need no price."""
 ROLES = ("attention", "ffn", "colocated")
 
 
@@ -47,7 +49,9 @@ def report_page(plan: Mapping[str, Any]) -> str:
     return fill(
         "report.html.j2",
         plan={**dict.fromkeys(PlanJson.__optional_keys__), **plan},
-        cost=plan["objective_usd_per_mtok"],
+        headline=_headline(plan),
+        proof=_proof(plan),
+        money=money,
         roles=_roles(plan),
         racks=racks,
         racks_left=len(plan.get("racks") or []) - len(racks),
@@ -65,12 +69,38 @@ def _check(plan: Mapping[str, Any]) -> None:
     if missing:
         known = ", ".join(sorted(PlanJson.__required_keys__))
         raise PlacementError(f"plan: no key {', '.join(missing)}; a report needs {known}")
+    in_usd = plan.get("objective", "usd") == "usd"
     for key in ("objective_usd_per_mtok", "lower_bound", "gap", "tpot_ms", "tokens_per_s"):
         value = plan[key]
-        if value is None and not plan["feasible"]:
+        if value is None and not (plan["feasible"] and (in_usd or key not in IN_USD)):
             continue
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise PlacementError(f"plan: {key}: expected a number, got {value!r}")
+
+
+def _headline(plan: Mapping[str, Any]) -> str:
+    """Return what the page is about in a few words."""
+    if not plan["feasible"]:
+        return ""
+    cost = plan["objective_usd_per_mtok"]
+    if cost is not None:
+        return f"{money(cost)} per million tokens"
+    return f"{plan['tokens_per_s']:,.0f} tokens/s, unpriced"
+
+
+def _proof(plan: Mapping[str, Any]) -> str:
+    """Return what is proven of the plan, and how long that took."""
+    if not plan["feasible"]:
+        return ""
+    took = f"{plan['gap'] * 100:.2f} %, found in {plan['solve_s']:.2f} s."
+    if plan["lower_bound"] is None:
+        what = {"tokens": "serves more tokens a second", "cards": "takes fewer cards a token"}
+        better = what.get(plan.get("objective", ""), "is better")
+        return f"No placement within these limits {better}, but for a gap of {took}"
+    bound = money(plan["lower_bound"])
+    return (
+        f"No placement within these limits costs less than {bound}: the gap to this plan is {took}"
+    )
 
 
 def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -114,3 +114,15 @@ def test_what_cannot_be_served_says_why_and_what_would_change_it(planned):
     assert not few["feasible"]
     assert "304.1 GB" in json.dumps(few) and "h800=6" in json.dumps(few)
     assert planned("--pool", "h800=6")["feasible"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "said"), [("h800=16", "per million tokens"), ("ascend-910c=64", "tokens/s, unpriced")]
+)
+def test_most_tokens_have_a_page_with_a_price_and_without(run, tmp_path, pool, said):
+    page = tmp_path / "plan.html"
+    asked = ("--pool", pool, "--objective", "tokens", "--html", page)
+    code, out, err = run("plan", *ASKED, *asked)
+    assert (code, err) == (0, f"wrote {page}\n")
+    assert said in page.read_text() and "serves more tokens a second" in page.read_text()
+    assert "the range shows" not in out
