@@ -254,6 +254,26 @@ def degrees(pool: Pool) -> list[int]:
     return [tp for tp in DEGREES if tp <= pool.server_cards and (linked or tp == 1)]
 
 
+def largest_set(pool: Pool, workload: Workload) -> int:
+    """Return the cards of the largest FFN set that a pool's servers hold."""
+    sets = [
+        tp * ep for tp in degrees(pool) for ep in expert_degrees(workload) if ep <= pool.groups(tp)
+    ]
+    return max(sets, default=0)
+
+
+def offered(pool: Pool, workload: Workload, need_bytes: float) -> tuple[float, str]:
+    """Return the bytes that a pool offers to FFN weights, and who offers them, in words.
+
+    All of its cards; where these would do, the largest set that comes out even.
+    """
+    each = pool.card.memory_bytes * MEMORY_SHARE
+    if need_bytes > pool.cards * each:
+        return pool.cards * each, f"{pool.cards} {pool.name} offer"
+    held = largest_set(pool, workload)
+    return held * each, f"the largest set of {pool.cards} {pool.name} has {held}, which offer"
+
+
 def expert_degrees(workload: Workload) -> list[int]:
     """Return over how many instances the experts can be split: the divisors of their number."""
     experts = [part.experts for part in workload.parts if part.experts]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from step3_hetero.placement.network import NoWire
+from step3_hetero.placement.columns import AttentionColumn, FfnColumn, degrees, offered
+from step3_hetero.placement.network import NoWire, Wire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
 from step3_hetero.placement.planner import Found, Outcome, best_colocated, solve_at
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, Request, SplitPlan
@@ -125,12 +126,15 @@ def _too_small(request: Request, a: int, f: int, attention_fits: bool) -> str:
     stage = "ffn" if attention_fits else "attention"
     allowed = precisions(pool.card, request.problem.excluded_dtypes)
     if not allowed:
-        return f"{pool.name} has no precision left that is not excluded"
+        why = "left that is not excluded" if pool.card.flops_per_s else "in the catalogue"
+        return f"{pool.name} has no precision {why}"
     need = workload.weight_elements(stage) * ELEMENT_BYTES[allowed[0]]
-    have = pool.cards * pool.card.memory_bytes * MEMORY_SHARE
+    if not attention_fits and need <= pool.cards * pool.card.memory_bytes * MEMORY_SHARE:
+        held = max(degrees(pool))
+        return f"no {held} {pool.name} of a server hold one sequence beside the attention weights"
+    have, who = offered(pool, workload, need)
     return (
-        f"the {stage} weights take {need / 1e9:.0f} GB in {allowed[0]}, "
-        f"{pool.cards} {pool.name} offer {have / 1e9:.0f} GB"
+        f"the {stage} weights take {need / 1e9:.0f} GB in {allowed[0]}, {who} {have / 1e9:.0f} GB"
     )
 
 
@@ -156,9 +160,11 @@ def _loses(outcome: Outcome, pools: tuple[int, int], found: Found) -> tuple[str,
     now = _lifted(space, i, j, "nothing")
     gains = {"memory": now - by_memory, "network": now - by_network}
     best = max(gains, key=lambda name: gains[name])
+    wire = space.request.problem.wires[pools]
+    hop = f" ({wire.slowest})" if best == "network" and isinstance(wire, Wire) else ""
     behind = _behind(outcome, found)
     if gains[best] > TELLING * now:
-        return best, f"{behind}; without its {best} limit {gains[best] / now:.0%} less"
+        return best, f"{behind}; without its {best} limit{hop} {gains[best] / now:.0%} less"
     plan, winner = found.plan, outcome.plan
     assert plan is not None and winner is not None, "there is a winner that it loses against"
     held = _card_seconds(plan, space.request.problem.pools)
@@ -245,14 +251,22 @@ def binding(outcome: Outcome) -> str:
     return f"{said[:1].upper()}{said[1:]}."
 
 
+def _over_network(space: Space, a: AttentionColumn, fed: FfnColumn) -> str:
+    """Name the slowest hop to the sets that an attention column feeds."""
+    wire = space.request.problem.wires[a.pool, fed.pool]
+    assert isinstance(wire, Wire), "a column feeds none without a wire"
+    return f"over its network, whose slowest hop is {wire.slowest}"
+
+
 def _split_binding(space: Space, plan: SplitPlan, target: str) -> Iterator[str]:
     for n, (a, count) in enumerate(plan.attention):
         each, batch = plan.flow[n].sum() / count, a.capacity[plan.clock]
         name = plan.pools[a.pool].name
         if each < batch * (1 - TELLING):
             room = f"{each:.0f} of the {batch:.0f} tokens that an instance could"
-            wired = min(space.send[plan.clock, space.attention.index(a)].max(), batch)
-            why = "over its network" if wired < batch else "because FFN sets come whole"
+            fed = plan.ffn[int(np.argmax(plan.flow[n]))][0]
+            wired = space.send[plan.clock, space.attention.index(a), space.ffn.index(fed)]
+            why = "because FFN sets come whole" if wired >= batch else _over_network(space, a, fed)
             yield f"attention on {name} sends {room}, {why}"
         elif a.by_memory[plan.clock] <= a.by_time[plan.clock]:
             yield f"the KV memory of {name} is full at {batch:.0f} tokens of a micro-batch"

@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from step3_hetero.placement.columns import Problem
-from step3_hetero.placement.network import NoWire
+from step3_hetero.placement.columns import Problem, degrees, offered
+from step3_hetero.placement.network import NoWire, Wire
 from step3_hetero.placement.performance import MEMORY_SHARE, precisions
 from step3_hetero.placement.planner import best_colocated, best_split
 from step3_hetero.placement.plans import Request
@@ -46,11 +46,24 @@ def why_infeasible(request: Request) -> str:
     """Return one sentence: the constraint, by how much it is missed, and the nearest change."""
     if request.demand is not None and is_feasible(request):
         return _too_little(request)
+    if banned := _banned(request.problem):
+        return banned
     changes = list(_changes(request))
     missing = sorted({w.reason for w in request.problem.wires.values() if isinstance(w, NoWire)})
     said = _excluded(request.problem) or _memory(request.problem) or _time(request)
     help_ = f"; nearest change: {' or '.join(changes)}" if changes else ""
     return said + help_ + (f"; left out: {'; '.join(missing)}" if missing else "")
+
+
+def _banned(problem: Problem) -> str:
+    """Say which role no pool may run; empty: each has one."""
+    for role in ("attention", "ffn"):
+        if not any(problem.allows(role, pool) for pool in problem.pools):
+            named = " and ".join(f"{role}:{pool.card.name}" for pool in problem.pools)
+            return (
+                f"roles: no pool may run {role}: --exclude {named}; nearest change: leave one out"
+            )
+    return ""
 
 
 def _too_little(request: Request) -> str:
@@ -90,12 +103,17 @@ def _memory(problem: Problem) -> str:
             if not allowed:
                 continue
             need = problem.workload.weight_elements(stage) * ELEMENT_BYTES[allowed[0]]
-            have = pool.cards * pool.card.memory_bytes * MEMORY_SHARE
+            have, who = pool.cards * pool.card.memory_bytes * MEMORY_SHARE, ""
+            if stage == "ffn":
+                have, who = offered(pool, problem.workload, need)
             text = (
                 f"memory: the {stage} weights take {need / 1e9:.1f} GB in {allowed[0]}, "
-                f"{pool.cards} {pool.name} offer {have / 1e9:.1f} GB"
+                f"{who or f'{pool.cards} {pool.name} offer'} {have / 1e9:.1f} GB"
             )
             short.append((need - have, text))
+        if not short and not any(pool.card.flops_per_s for pool in problem.pools):
+            names = " and ".join(pool.name for pool in problem.pools)
+            return f"arithmetic: the catalogue has no tflops of {names}"
         if not short:
             return "dtypes: every precision of every card is excluded"
         if min(short)[0] > 0:
@@ -106,10 +124,26 @@ def _memory(problem: Problem) -> str:
 def _time(request: Request) -> str:
     least = _least(lambda s: replace(request, tpot_s=s), request.tpot_s, SLOWEST_S)
     if least is None:
-        return "memory: no pool holds its weights beside one sequence of this context"
+        return (
+            _apart(request)
+            or "memory: no pool holds its weights beside one sequence of this context"
+        )
     return (
         f"latency: the fastest plan takes {least * 1e3:.3g} ms a token, jitter margin included, "
         f"the target is {request.tpot_s * 1e3:g} ms ({least / request.tpot_s - 1:.0%} over)"
+    )
+
+
+def _apart(request: Request) -> str:
+    """Say that cards which would hold the model have no way to each other; empty: they have."""
+    if any(isinstance(wire, Wire) for wire in request.problem.wires.values()):
+        return ""
+    linked = [p.name for p in request.problem.pools if max(degrees(p)) > 1]
+    if linked:
+        return ""
+    names = " and ".join(p.name for p in request.problem.pools)
+    return (
+        f"network: no wire and no scale-up link joins cards of {names}, and one alone is too small"
     )
 
 

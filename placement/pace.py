@@ -36,20 +36,42 @@ class Wires:
         work = self.problem.workload
         return a2f_bytes(work, self.problem.wire_dtype), f2a_bytes(work)
 
-    def per_card(self, a: int, f: int, attention_s: Seconds) -> Tokens:
-        """Return the rows of a micro-batch that one card, sending or taking, can pass on.
+    def per_card(self, a: int, f: int, attention_s: Seconds, members: int = 1) -> Tokens:
+        """Return the rows of a micro-batch that one card of attention can send, and get back.
 
-        ``attention_s`` is what attention takes of a layer's slot. An attention card sends each of
-        its tokens to all ``ep`` instances of a set; each of these takes it over its ``tp`` cards.
+        ``attention_s`` is what attention takes of a layer's slot. The rows of all ``members`` of a
+        set count, each of which gets all tokens in a message of its own. These are counted one
+        after the other: only the pieces of one message overlap.
         """
-        wire, clocks = self.problem.wires[a, f], self.clocks
+        wire = self.problem.wires[a, f]
         if isinstance(wire, NoWire):
-            return np.zeros(len(clocks))
-        out, back = self.row_bytes()
-        moving_s = clocks.slot_s - clocks.stage_s - attention_s - 2 * self.message_s(a, f)
-        by_row = moving_s / (wire.message_s_per_byte * (out + back))
-        by_link = clocks.stage_s / (wire.busy_s_per_byte * max(out, back))
-        return np.asarray(np.maximum(np.minimum(by_row, by_link), 0))
+            return np.zeros(len(self.clocks))
+        moving_s = self._moving_s(a, f, attention_s)
+        by_row = members * wire.rows(moving_s / members, *self.row_bytes())
+        return np.asarray(np.maximum(np.minimum(by_row, self._by_link(wire)), 0))
+
+    def taken_per_card(self, a: int, f: int, attention_s: Seconds, rows: Tokens) -> Tokens:
+        """Return the rows of a micro-batch that one card of an FFN instance can take, and answer.
+
+        They come from any number of attention instances, in messages of ``rows`` rows a card.
+        """
+        wire = self.problem.wires[a, f]
+        if isinstance(wire, NoWire):
+            return np.zeros(len(self.clocks))
+        moving_s, way = self._moving_s(a, f, attention_s), self.row_bytes()
+        longest = np.maximum(np.minimum(rows, wire.rows(moving_s, *way)), 0)
+        by_row = moving_s / wire.row_s(longest, *way)
+        return np.asarray(np.maximum(np.minimum(by_row, self._by_link(wire)), 0))
+
+    def _moving_s(self, a: int, f: int, attention_s: Seconds) -> Seconds:
+        """Return what attention and the FFN's share leave of a layer, latencies taken off."""
+        clocks = self.clocks
+        left: Seconds = clocks.slot_s - clocks.stage_s - attention_s - 2 * self.message_s(a, f)
+        return left
+
+    def _by_link(self, wire: Wire) -> Tokens:
+        """Return the rows that keep the slowest hop busy for its share, in the fuller direction."""
+        return np.asarray(self.clocks.stage_s / (wire.busy_s_per_byte * max(self.row_bytes())))
 
 
 def whole(tokens: Tokens) -> Tokens:

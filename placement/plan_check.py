@@ -220,7 +220,18 @@ def _crossing(
                 "kind": kind, "source": source, "target": target, "edges": edges,
                 "dtype": dtype, "bytes_per_token": round(row * edges), "members": members,
                 "sent_bytes_per_token": round(row * edges) * members,
+                "slowest_hop": _slowest_hop(config, roles[a].card, roles[f].card),
             }  # fmt: skip
+
+
+def _slowest_hop(config: Config, a: Card, f: Card) -> str | None:
+    """Return what a plan says binds its edge between two cards; None: it says nothing of it."""
+    found = (config.predicted or {}).get("edges")
+    for edge in found if isinstance(found, list) else ():
+        if isinstance(edge, dict) and edge.get("cards") == [a.name, f.name]:
+            said = edge.get("slowest_hop")
+            return said if isinstance(said, str) else None
+    return None
 
 
 def _check_wire(config: Config, key: str, dtype: str, source: Card, target: Card) -> None:

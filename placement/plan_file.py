@@ -17,6 +17,7 @@ import numpy as np
 
 from step3_hetero.errors import PlacementError
 from step3_hetero.model.config import FAMILIES
+from step3_hetero.placement.network import EDGES
 from step3_hetero.placement.plan_pipeline import shares
 from step3_hetero.placement.planner import Outcome
 from step3_hetero.placement.plans import AnyPlan, ColocatedPlan, SplitPlan
@@ -146,7 +147,7 @@ def config_of(
     }
     if split:
         config["transport"] = {
-            "kind": "tcp", "a2f_dtype": problem.wire_dtype, "f2a_dtype": "bf16"
+            "kind": EDGES, "a2f_dtype": problem.wire_dtype, "f2a_dtype": "bf16"
         }  # fmt: skip
     return config | {"predicted": predicted}
 

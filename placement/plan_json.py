@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from step3_hetero.placement.curves import curves
+from step3_hetero.placement.edges import edges_json
 from step3_hetero.placement.efficiency import CASES
 from step3_hetero.placement.explain import Alternative, alternatives, binding, label_of
 from step3_hetero.placement.infeasible import why_infeasible
@@ -24,6 +25,7 @@ from step3_hetero.placement.plans import (
     ColocatedPlan,
     Request,
     SplitPlan,
+    money,
 )
 from step3_hetero.placement.pools import Pool, with_case
 from step3_hetero.placement.solve import SAME
@@ -89,6 +91,7 @@ def plan_json(outcome: Outcome, about: About) -> dict[str, Any]:
         "breakdown": breakdown(best, problem.pools),
         "prefill": prefill_json(best, request),
         "run": run,
+        "edges": edges_json(best, problem) if isinstance(best, SplitPlan) else [],
         **(curves(outcome) if about.with_curves else {}),
         "pipeline": pipeline.to_json(),
     }
@@ -130,7 +133,9 @@ def run_notes(best: AnyPlan, run: Mapping[str, Any], request: Request) -> list[s
     if tpot_ms <= best.pass_s * 1e3 * (1 + RUN_TELLING):
         return []
     kept = "within" if tpot_ms <= target_ms else "beyond"
-    usd = "" if run["usd_per_mtok"] is None else f", ${run['usd_per_mtok']:.4f} per million tokens"
+    usd = (
+        "" if run["usd_per_mtok"] is None else f", {money(run['usd_per_mtok'])} per million tokens"
+    )
     return [
         f"as the pipeline runs: {tpot_ms:.1f} ms a token, {run['tokens_per_s']:,.0f} tokens/s{usd}"
         " (attention and FFN wait for each other between layers and between tokens, which the "
@@ -338,9 +343,11 @@ def notes(outcome: Outcome) -> list[str]:
     pools = request.problem.pools
     loose = [p.name for p in pools if not p.efficiency.calibrated]
     if loose:
+        shown = "the range shows the low and the high case of"
+        unpriced = usd_per_mtok(outcome.plan, pools) is None
         said.append(
-            f"uncalibrated: no measurement of {', '.join(loose)} is at hand; the range shows the "
-            "low and the high case of docs/calibration.md"
+            f"uncalibrated: no measurement of {', '.join(loose)} is at hand; "
+            f"{'see' if unpriced else shown} docs/calibration.md"
         )
     for p in pools:
         if "fp8" not in p.card.flops_per_s:

@@ -8,8 +8,8 @@ from itertools import groupby
 import numpy as np
 
 from step3_hetero.placement.columns import AttentionColumn, FfnColumn, Problem
+from step3_hetero.placement.edges import Edge
 from step3_hetero.placement.layer_kinds import kinds
-from step3_hetero.placement.network import Wire, a2f_bytes, f2a_bytes
 from step3_hetero.placement.pace import attention_seconds, ffn_seconds
 from step3_hetero.placement.performance import AttentionStage
 from step3_hetero.placement.pipeline import (
@@ -108,13 +108,7 @@ def _attention_group(
     n, f, count = share
     column, partner = plan.attention[n][0], plan.ffn[f][0]
     batch = max(1, round(plan.flow[n].sum() / plan.attention[n][1]))
-    wire = problem.wires[column.pool, partner.pool]
-    assert isinstance(wire, Wire), "columns without a wire are never paired"
-    rows = batch * partner.ep / column.cards
-    out, back = a2f_bytes(problem.workload, problem.wire_dtype), f2a_bytes(problem.workload)
-    pools = plan.pools
-    message_s = max(pools[p].efficiency.message_s for p in (column.pool, partner.pool))
-    other_hops = rows * (wire.message_s_per_byte - wire.busy_s_per_byte) * (out + back) / 2
+    edge, pools = Edge.of(problem, column, partner, batch), plan.pools
     only = len(plan.attention) == 1 and len(plan.ffn) == 1
     name = pools[column.pool].name
     return AttentionGroup(
@@ -129,9 +123,9 @@ def _attention_group(
         },
         seconds_per_context_token=_per_context_token(column.stage, batch),
         feeds=feeds,
-        a2f_s=rows * wire.busy_s_per_byte * out,
-        f2a_s=rows * wire.busy_s_per_byte * back,
-        latency_s=message_s + other_hops,
+        a2f_s=edge.busy_s(edge.out_bytes),
+        f2a_s=edge.busy_s(edge.back_bytes),
+        latency_s=edge.latency_s + edge.other_hops_s,
     )
 
 

@@ -29,6 +29,19 @@ MILLION = 1e6
 SECONDS_PER_HOUR = 3600.0
 
 
+def money(usd: float | None) -> str:
+    """Write dollars per million tokens with three digits that say something.
+
+    >>> money(0.05512), money(1.5), money(1.384e-05), money(None)
+    ('$0.0551', '$1.500', '$1.38e-05', '–')
+    """
+    if usd is None:
+        return "–"
+    if abs(usd) >= 1:
+        return f"${usd:.3f}"
+    return f"${usd:.4f}" if abs(usd) >= 0.01 or not usd else f"${usd:.3g}"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is asked: a problem, a latency, and what to make small (or, for tokens, large)."""
@@ -44,8 +57,16 @@ class Request:
     pace_step: int = STEP
 
     def card_cost(self, pool: Pool) -> float:
-        """Return what a card adds to the objective: dollars per million seconds, or one."""
+        """Return what a card adds to the objective: dollars per million seconds, or one.
+
+        Of plans that serve the most tokens the cheapest counts; where a card has no price, the one
+        of the fewest cards.
+        """
         if self.objective == "cards":
+            return 1.0
+        if self.objective == "tokens" and any(
+            p.card.usd_per_hour is None for p in self.problem.pools
+        ):
             return 1.0
         return pool.card.price() / SECONDS_PER_HOUR * MILLION
 

@@ -13,6 +13,7 @@ from typing import Any
 from step3_hetero.errors import PlacementError
 from step3_hetero.placement.gantt import gantt_values
 from step3_hetero.placement.pipeline import PredictedPipeline
+from step3_hetero.placement.plans import money
 from step3_hetero.placement.report_charts import COLOURS, context_figures, pareto_figures
 from step3_hetero.placement.report_data import PlanJson
 from step3_hetero.placement.simulate import Scenario, simulate
@@ -25,6 +26,8 @@ INSTANCES = 4
 MOST_SERVERS = 96
 """Drawn one by one; the page says how many more there are."""
 MOST_ALTERNATIVES = 10
+IN_USD = ("objective_usd_per_mtok", "lower_bound")
+"""Numbers that only a plan of the least dollars has for sure: other objectives need no price."""
 ROLES = ("attention", "ffn", "colocated")
 
 
@@ -46,7 +49,9 @@ def report_page(plan: Mapping[str, Any]) -> str:
     return fill(
         "report.html.j2",
         plan={**dict.fromkeys(PlanJson.__optional_keys__), **plan},
-        cost=plan["objective_usd_per_mtok"],
+        headline=_headline(plan),
+        proof=_proof(plan),
+        money=money,
         roles=_roles(plan),
         racks=racks,
         racks_left=len(plan.get("racks") or []) - len(racks),
@@ -64,23 +69,38 @@ def _check(plan: Mapping[str, Any]) -> None:
     if missing:
         known = ", ".join(sorted(PlanJson.__required_keys__))
         raise PlacementError(f"plan: no key {', '.join(missing)}; a report needs {known}")
+    in_usd = plan.get("objective", "usd") == "usd"
     for key in ("objective_usd_per_mtok", "lower_bound", "gap", "tpot_ms", "tokens_per_s"):
         value = plan[key]
-        if value is None and not plan["feasible"]:
+        if value is None and not (plan["feasible"] and (in_usd or key not in IN_USD)):
             continue
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise PlacementError(f"plan: {key}: expected a number, got {value!r}")
 
 
-def money(usd: float | None) -> str:
-    """Write dollars per million tokens with three digits that say something.
+def _headline(plan: Mapping[str, Any]) -> str:
+    """Return what the page is about in a few words."""
+    if not plan["feasible"]:
+        return ""
+    cost = plan["objective_usd_per_mtok"]
+    if cost is not None:
+        return f"{money(cost)} per million tokens"
+    return f"{plan['tokens_per_s']:,.0f} tokens/s, unpriced"
 
-    >>> money(0.05512), money(1.5), money(None)
-    ('$0.0551', '$1.500', '–')
-    """
-    if usd is None:
-        return "–"
-    return f"${usd:.3f}" if abs(usd) >= 1 else f"${usd:.4f}"
+
+def _proof(plan: Mapping[str, Any]) -> str:
+    """Return what is proven of the plan, and how long that took."""
+    if not plan["feasible"]:
+        return ""
+    took = f"{plan['gap'] * 100:.2f} %, found in {plan['solve_s']:.2f} s."
+    if plan["lower_bound"] is None:
+        what = {"tokens": "serves more tokens a second", "cards": "takes fewer cards a token"}
+        better = what.get(plan.get("objective", ""), "is better")
+        return f"No placement within these limits {better}, but for a gap of {took}"
+    bound = money(plan["lower_bound"])
+    return (
+        f"No placement within these limits costs less than {bound}: the gap to this plan is {took}"
+    )
 
 
 def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -104,6 +124,8 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("as its pipeline runs", f"{run['tpot_ms']:.1f} ms, {money(run['usd_per_mtok'])}")
         )
+    for edge in plan.get("edges", ()):
+        found.append((f"slowest hop, {edge['attention']} to {edge['ffn']}", edge["slowest_hop"]))
     spread = plan.get("usd_per_mtok_range")
     if spread:
         found.append(("low to high case", f"{money(spread[0])} to {money(spread[1])}"))
@@ -124,19 +146,21 @@ def _roles(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(_name(key), _text(value)) for key, value in values.items()]
+    return [_row(key, value) for key, value in values.items()]
 
 
-def _name(key: str) -> str:
-    """Return a key of the JSON as a page writes it.
+def _row(key: str, value: object) -> tuple[str, str]:
+    """Return a key of the JSON and its value as a page writes them.
 
-    >>> _name("tp"), _name("pass_s"), _name("largest_batch"), _name("micro_batches")
-    ('TP', 'pass, seconds', 'largest batch', 'micro-batches')
+    >>> _row("tp", 4), _row("pass_s", 0.009), _row("largest_batch", 8), _row("micro_batches", 3)
+    (('TP', '4'), ('pass, ms', '9.00'), ('largest batch', '8'), ('micro-batches', '3'))
     """
     if key in ("tp", "ep"):
-        return key.upper()
-    said = key.removesuffix("_s") + (", seconds" if key.endswith("_s") else "")
-    return said.replace("micro_", "micro-").replace("_", " ")
+        return key.upper(), _text(value)
+    name = key.replace("micro_", "micro-").replace("_", " ")
+    if key.endswith("_s") and not key.endswith("per_s") and isinstance(value, float):
+        return f"{name.removesuffix(' s')}, ms", f"{value * 1e3:,.2f}"
+    return name, _text(value)
 
 
 def _text(value: object) -> str:

@@ -107,6 +107,9 @@ class PlanJson(TypedDict):
     """The low and the high case, where constants are assumed."""
     breakdown: NotRequired[Mapping[str, float]]
     """Part -> $ per million tokens; the parts sum to the objective."""
+    edges: NotRequired[list[Mapping[str, Any]]]
+    """Between which pools rows travel: the hops, the slowest, seconds for one micro-batch in one
+    layer; none where the plan does not split."""
     run: NotRequired[Mapping[str, Any]]
     """What the plan gives as its pipeline runs: tpot_ms, tokens_per_s, usd_per_mtok."""
     cost_by_context: NotRequired[list[ContextLine]]

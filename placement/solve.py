@@ -97,6 +97,25 @@ def quietly(solver: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         os.close(nowhere)
 
 
+OTHER = 4
+"""scipy's status of a solver that gave up: not for want of time, nor of a solution."""
+
+
+def solved(costs: Vector, seconds: float, **program: Any) -> Any:
+    """Return what `scipy.optimize.milp` finds, to the last of the gap, within ``seconds``.
+
+    Where HiGHS gives up ("Solve error": seen where a row cuts the optimum off by a hair) it is
+    asked once more, without its presolve.
+    """
+    from scipy.optimize import milp
+
+    options = {"mip_rel_gap": 0, "time_limit": seconds}
+    found = quietly(milp, costs, options=options, **program)
+    if found.status != OTHER:
+        return found
+    return quietly(milp, costs, options={**options, "presolve": False}, **program)
+
+
 class Program:
     """The constraint matrix of a `Mix`, built once for several objectives.
 
@@ -128,20 +147,19 @@ class Program:
         whole: bool = True,
     ) -> Any:
         """Minimise ``objective``; return scipy's result. Not ``whole``: the relaxation."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import Bounds, LinearConstraint
 
         matrix = np.vstack([self.matrix, -self.tokens])
         upper = np.append(self.upper, -least_tokens)
         if np.isfinite(most_cost):
             matrix, upper = np.vstack([matrix, self.costs]), np.append(upper, most_cost)
         integral = np.concatenate([np.full(self.ends, int(whole)), np.zeros(len(self.pairs))])
-        return quietly(
-            milp,
+        return solved(
             objective,
+            seconds,
             integrality=integral,
             bounds=Bounds(0, np.inf),
             constraints=LinearConstraint(matrix, -np.inf, upper),
-            options={"mip_rel_gap": 0, "time_limit": seconds},
         )
 
     def served(self, solution: npt.NDArray[Any] | None) -> Counts | None:
@@ -304,18 +322,17 @@ def knapsack(
 
     With ``least`` the cheapest that serve as much; without, those that serve the most.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint
 
     matrix, upper = rows, limits
     if least is not None:
         matrix, upper = np.vstack([rows, -served]), np.append(limits, -least)
-    found = quietly(
-        milp,
+    found = solved(
         cost if least is not None else -served,
+        seconds,
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, np.inf),
         constraints=LinearConstraint(matrix, -np.inf, upper),
-        options={"mip_rel_gap": 0, "time_limit": seconds},
     )
     if found.x is None:
         none = np.zeros(len(cost), np.int64)

@@ -70,10 +70,12 @@ class Space:
         for i, a in enumerate(attention):
             paces[:, i] = pass_s(a, clocks)
             paces[paces[:, i] > budget_s, i] = np.inf
-            passed = [wires.per_card(a.pool, f, a.longest_s) for f in range(len(problem.pools))]
             for j, f in enumerate(ffn):
-                send[:, i, j] = np.minimum(a.capacity, whole(passed[f.pool] * a.cards / f.ep))
-                take[:, i, j] = np.minimum(f.capacity, whole(passed[f.pool] * f.tp))
+                way = a.pool, f.pool, a.longest_s
+                passed = wires.per_card(*way, f.ep)
+                send[:, i, j] = np.minimum(a.capacity, whole(passed * a.cards / f.ep))
+                passed = wires.taken_per_card(*way, send[:, i, j] / f.tp)
+                take[:, i, j] = np.minimum(f.capacity, whole(passed * f.tp))
         usable = np.isfinite(paces)[:, :, None] & (send > 0) & (take > 0)
         return cls(request, clocks, attention, ffn, wires, send * usable, take * usable, paces)
 

@@ -13,12 +13,7 @@ import numpy as np
 from step3_hetero.backend import Array, Device, Event
 from step3_hetero.errors import Step3HeteroError
 from step3_hetero.specs import HostArray
-from step3_hetero.transport.base import CopyFailed
-
-PIECE_BYTES = 512 << 10
-"""Of a copy between device and host: some 20 us of a PCIe link of 25 GB/s (not measured), several
-times what starting it takes; the activations of 128 tokens of Step-3 in bfloat16 are four. A
-multiple of what tcp and shm look for at a time."""
+from step3_hetero.transport.base import PIECE_BYTES, CopyFailed
 
 COPY_S = 60.0
 """How long a piece may take, with the kernels before it: a prompt's whole step takes seconds."""

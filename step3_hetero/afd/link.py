@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from step3_hetero.afd.landing import Landed, Landing
-from step3_hetero.afd.leaving import PIECE_BYTES, is_apart
+from step3_hetero.afd.leaving import is_apart
 from step3_hetero.afd.messages import Kind, Said
 from step3_hetero.afd.outbox import Outbox
 from step3_hetero.afd.parcel import parcel, unpacked
@@ -18,7 +18,7 @@ from step3_hetero.afd.vigil import Vigil
 from step3_hetero.backend import Device
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.specs import HostArray
-from step3_hetero.transport.base import Channel, Frame, FrameLimits
+from step3_hetero.transport.base import PIECE_BYTES, Channel, Frame, FrameLimits
 from step3_hetero.transport.framing import nbytes
 
 BEATS_PER_DEADLINE = 4
@@ -78,7 +78,7 @@ class Link:
 
         Nothing changes where the host reads the device's memory, or the channel cannot do it.
         """
-        if is_apart(device):
+        if self.channel.lands and is_apart(device):
             self._landing = self.channel.landing = Landing(device, LENT)
 
     def fileno(self) -> int:

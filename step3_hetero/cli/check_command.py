@@ -163,3 +163,5 @@ def _print_crossing(report: dict[str, Any], apart: str = "") -> None:
     ]  # fmt: skip
     header = ("edge", "from", "to", "edges", "bytes per token", "members", "sent per token")
     print_table("edges between devices", header, rows)
+    for hop in dict.fromkeys(c["slowest_hop"] for c in report["crossing"] if c.get("slowest_hop")):
+        click.echo(f"note: the slowest hop of these edges, as planned, is {hop}")

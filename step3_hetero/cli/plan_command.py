@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from step3_hetero.cli.options import json_option, print_json, print_table
+from step3_hetero.cli.options import human_bytes, json_option, print_json, print_table
 
 EPILOG = """\b
 Examples:
@@ -98,8 +98,10 @@ def _finite(value: Any) -> Any:
 
 
 def _show(document: dict[str, Any]) -> None:
+    from step3_hetero.placement.plans import money
+
     usd = document["objective_usd_per_mtok"]
-    cost = "unpriced" if usd is None else f"${usd:.4f} per million tokens"
+    cost = "unpriced" if usd is None else f"{money(usd)} per million tokens"
     click.echo(f"{document['label']}")
     click.echo(
         f"{cost}, {document['tokens_per_s']:,.0f} tokens/s, "
@@ -107,13 +109,13 @@ def _show(document: dict[str, Any]) -> None:
     )
     if document["usd_per_mtok_range"]:
         low, high = document["usd_per_mtok_range"]
-        click.echo(f"range over the uncalibrated constants: ${low:.4f} to ${high:.4f}")
+        click.echo(f"range over the uncalibrated constants: {money(low)} to {money(high)}")
     bound = document["lower_bound"]
     if bound is not None:
         paper = document["paper_bound"]
         click.echo(
-            f"proven: no plan under ${bound:.4f} (gap {document['gap']:.2%}); "
-            f"paper's roofline ${paper:.4f}"
+            f"proven: no plan under {money(bound)} (gap {document['gap']:.2%}); "
+            f"paper's roofline {money(paper)}"
         )
     click.echo(document["binding"])
     rows = [_row("attention", g) for g in document["attention"]["groups"]]
@@ -121,6 +123,7 @@ def _show(document: dict[str, Any]) -> None:
         rows += [_row("FFN", g) for g in document["ffn"]["groups"]]
     header = ("role", "pool", "cards", "instances", "TP", "EP", "precision", "batch")
     print_table("placement", header, rows if document["split"] else [_both(r) for r in rows])
+    _edges(document["edges"])
     _alternatives(document["alternatives"])
     _notes(document["notes"])
 
@@ -135,17 +138,42 @@ def _both(row: tuple[str, ...]) -> tuple[str, ...]:
     return ("attention and FFN", *row[1:])
 
 
+def _edges(found: Sequence[dict[str, Any]]) -> None:
+    """Print what one micro-batch in one layer takes on each edge; none where nothing is split."""
+    rows = [
+        (
+            f"{e['attention']} - {e['ffn']}", e["over"], e["slowest_hop"], e["members"],
+            *(_way(e, way) for way in ("a2f", "f2a")),
+        )
+        for e in found
+    ]  # fmt: skip
+    header = (
+        "edge", "over", "slowest hop", "members", "a card to each, all in", "and back, all in"
+    )  # fmt: skip
+    if rows:
+        print_table("edges, for one micro-batch in one layer", header, rows)
+
+
+def _way(edge: dict[str, Any], way: str) -> str:
+    pieces = edge[f"{way}_pieces"]
+    cut = f" in {pieces} pieces" if pieces > 1 else ""
+    return f"{human_bytes(edge[f'{way}_message_bytes'])}{cut}, {edge[f'{way}_s'] * 1e6:.0f} us"
+
+
 def _alternatives(found: Sequence[dict[str, Any]]) -> None:
+    from step3_hetero.placement.plans import money
+
     rows = [
         (
             a["label"],
-            "-" if a["usd_per_mtok"] is None else f"{a['usd_per_mtok']:.4f}",
+            money(a["usd_per_mtok"]).lstrip("$"),
             a["loses_on"],
             a["detail"],
         )
         for a in found
     ]
-    print_table("alternatives", ("placement", "$/Mtok", "loses on", "why"), rows)
+    if rows:
+        print_table("alternatives", ("placement", "$/Mtok", "loses on", "why"), rows)
 
 
 def _notes(notes: Sequence[str]) -> None:

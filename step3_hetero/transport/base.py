@@ -25,6 +25,11 @@ GROUP = "step3_hetero.transports"
 
 Bytes = npt.NDArray[np.uint8]
 
+PIECE_BYTES = 512 << 10
+"""Of a copy between device and host: some 20 us of a PCIe link of 25 GB/s (not measured), several
+times what starting it takes; the activations of 128 tokens of Step-3 in bfloat16 are four. A
+multiple of what tcp and shm look for at a time. Whoever prices an edge counts in it too."""
+
 Ready = Callable[[int], None]
 """Returns once the first so many bytes of a frame's parts, one part after the other, are there.
 
@@ -127,6 +132,9 @@ class Channel(ABC):
 
     in_pieces: ClassVar[bool] = False
     """Whether ``send`` asks ``Frame.ready`` for each piece before it reads it."""
+
+    lands: ClassVar[bool] = False
+    """Whether ``receive`` tells ``landing`` of parts while the rest of them is under way."""
 
     landing: Landing | None = None
     """Told of parts while ``receive`` waits for the rest, by a channel that can; set before it."""

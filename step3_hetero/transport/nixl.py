@@ -78,6 +78,8 @@ FIRST_POLL_S, LAST_POLL_S = 20e-6, 200e-6
 class NixlChannel(TcpChannel):
     """One connection, with an agent, a ring and room for one frame to send."""
 
+    lands: ClassVar[bool] = False
+
     def __init__(self, stream: Stream, limits: FrameLimits) -> None:
         super().__init__(stream, limits)
         frame = aligned(limits.part_bytes + ALIGNMENT * limits.parts)

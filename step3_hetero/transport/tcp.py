@@ -67,6 +67,7 @@ class TcpChannel(Channel):
     """One connection. A received frame's parts lie in a buffer that the next one may overwrite."""
 
     in_pieces: ClassVar[bool] = True
+    lands: ClassVar[bool] = True
 
     def __init__(self, stream: Stream, limits: FrameLimits) -> None:
         self.peer = "{}:{}".format(*stream.sock.getpeername()[:2])

@@ -50,6 +50,24 @@ def changed(written, tmp_path):
     return changed
 
 
+def test_plan_and_check_say_which_hop_of_the_edges_is_the_slowest(written):
+    """Eight NICs of 400 Gb/s give each card 50 GB/s, PCIe 20: both cards' PCIe, H800's first."""
+    told = CliRunner().invoke(plan, [*ASKED, *CROSSING], catch_exceptions=False).stdout
+    row = next(line for line in told.splitlines() if "h800 - ascend-910b" in line)
+    assert "host NICs" in row and "PCIe of h800" in row and " us" in row
+    assert "alternatives" not in told, "there are none, and no empty table of them"
+    found = CliRunner().invoke(check, [str(written)], catch_exceptions=False).stdout
+    assert "note: the slowest hop of these edges, as planned, is PCIe of h800" in found
+    crossing = check_plan(Config.read(written, planned=True))["crossing"]
+    assert {c["slowest_hop"] for c in crossing} == {"PCIe of h800"}
+
+
+@pytest.mark.parametrize("edges", [None, [], [1], [{"cards": 3}], "x", [{"cards": ["h800"]}]])
+def test_a_plan_that_says_nothing_of_its_edges_is_checked_all_the_same(changed, edges):
+    crossing = check_plan(changed("predicted.edges", edges))["crossing"]
+    assert [c["slowest_hop"] for c in crossing] == [None, None]
+
+
 def test_check_accepts_what_plan_writes(written):
     done = CliRunner().invoke(check, [str(written), "--json"], catch_exceptions=False)
     assert done.exit_code == 0

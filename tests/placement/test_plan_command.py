@@ -138,3 +138,15 @@ def test_exclusions_that_leave_a_role_no_card_are_named_as_the_reason(run):
     assert "no card is left for ffn; leave out --exclude ffn:h20 or --exclude ffn:h800" in err
     code, _, err = run("plan", *ASKED, "--pool", "h800=4", *none_left[:2])
     assert "no card is left for ffn" in err
+
+
+@pytest.mark.parametrize(
+    ("pool", "said"), [("h800=16", "per million tokens"), ("ascend-910c=64", "tokens/s, unpriced")]
+)
+def test_most_tokens_have_a_page_with_a_price_and_without(run, tmp_path, pool, said):
+    page = tmp_path / "plan.html"
+    asked = ("--pool", pool, "--objective", "tokens", "--html", page)
+    code, out, err = run("plan", *ASKED, *asked)
+    assert (code, err) == (0, f"wrote {page}\n")
+    assert said in page.read_text() and "serves more tokens a second" in page.read_text()
+    assert "the range shows" not in out

@@ -121,6 +121,49 @@ def test_infeasible_says_which_constraint_and_what_would_help(pools, rest, said)
     assert reason.startswith(said) and "nearest change: --" in reason
 
 
+def test_a_pool_that_holds_the_weights_but_no_even_set_of_them_says_so():
+    """Five H800 offer 360 GB, but 48 experts and columns come out even over four at most: 288."""
+    found = alternatives(plan(step3_request("h800=5", "h20=32")))
+    said = [a.detail for a in found if a.label.endswith("FFN on h800")]
+    assert len(said) == 2
+    assert all("the largest set of 5 h800 has 4, which offer 288 GB" in detail for detail in said)
+
+
+def test_five_h800_alone_say_that_four_are_the_largest_set():
+    reason = why_infeasible(step3_request("h800=5"))
+    assert "304.1 GB in fp8, the largest set of 5 h800 has 4, which offer 288.0 GB" in reason
+    assert "--pool h800=6" in reason
+
+
+def test_a_role_that_no_pool_may_run_is_named_with_its_exclusion():
+    request = step3_request("h800=16", "h20=16")
+    roles = frozenset({("ffn", "h800"), ("ffn", "h20")})
+    request = replace(request, problem=replace(request.problem, excluded_roles=roles))
+    said = "roles: no pool may run ffn: --exclude ffn:h800 and ffn:h20"
+    assert why_infeasible(request).startswith(said)
+
+
+def test_a_card_without_arithmetic_is_not_called_excluded():
+    reason = why_infeasible(step3_request("ascend-910b1=64", objective="tokens"))
+    assert reason.startswith("arithmetic: the catalogue has no tflops of ascend-910b1")
+
+
+def test_most_tokens_need_no_price():
+    """The catalogue has no price of a 910C; the fewest cards serve the most then."""
+    best = plan(step3_request("ascend-910c=64", objective="tokens")).plan
+    priced = step3_request("ascend-910c=64", objective="tokens")
+    assert best is not None and best.tokens_per_s > 0
+    request = with_pools(priced, lambda _, p: replace(p, card=replace(p.card, usd_per_hour=1.0)))
+    assert plan(request).plan.tokens_per_s == pytest.approx(best.tokens_per_s, rel=1e-9)
+
+
+def test_cards_that_nothing_joins_lack_a_network_and_not_memory():
+    """64 L20 have 3 TB; the catalogue knows neither a scale-up link nor a NIC of theirs."""
+    reason = why_infeasible(step3_request("l20=64", objective="tokens"))
+    assert reason.startswith("network: no wire and no scale-up link joins cards of l20")
+    assert "memory" not in reason and "cards.l20.server.host_nics" in reason
+
+
 def test_the_nearest_change_does_help_and_a_little_less_does_not():
     slow = step3_request("h800=32", tpot_s=0.004)
     said = float(why_infeasible(slow).rpartition("--tpot-ms ")[2]) * 1e-3

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+from step3_hetero.placement import network
 from step3_hetero.placement.asked import request_of
 from step3_hetero.placement.attention_cores import GroupedCore
 from step3_hetero.placement.catalogue import Card, Server
@@ -208,22 +209,59 @@ def columns_at(request, body_s, in_flight, share):
     return attention, ffn
 
 
-def wire_tokens(request, ways, cards, ep, layer, body_s, share):
-    """Tokens that ``cards`` cards pass over the wire from pool a to pool f, by the hop."""
-    wire = request.problem.wires[ways]
-    if isinstance(wire, NoWire):
-        return 0
+def row_bytes(request):
+    """Bytes of a row to FFN and back: int8 there, bf16 back."""
     work = request.problem.workload
     top_k = next(p.top_k for p in work.parts if p.stage == "ffn")
-    scales = 4 * math.ceil(work.hidden / 128)
-    out, back = work.hidden + scales + 6 * top_k, 2 * work.hidden  # int8 there, bf16 back
+    return work.hidden + 4 * math.ceil(work.hidden / 128) + 6 * top_k, 2 * work.hidden
+
+
+def message_s(wire, nbytes):
+    """Seconds of one message: its first piece takes all hops, every further one the slowest."""
+    first = min(nbytes, network.PIECE_BYTES)
+    if wire.kind == network.CARD:
+        return nbytes * wire.busy_s_per_byte
+    return first * wire.message_s_per_byte + (nbytes - first) * wire.busy_s_per_byte
+
+
+def most_rows(seconds, budget):
+    """Largest number of rows, parts of one allowed, whose seconds fit: halved to the last bit."""
+    low, high = 0.0, 1.0
+    while seconds(high) <= budget:
+        low, high = high, 2 * high
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if seconds(middle) <= budget else (low, middle)
+    return low
+
+
+def wire_tokens(request, ways, attention, ffn, most, clock):
+    """Tokens that an attention instance sends, and an FFN set takes, by the hop.
+
+    ``attention``: tp, seconds of a layer; ``ffn``: tp, ep; ``most``: tokens that each computes.
+    A card sends its part to each of ep members, one message after the other; a card of a member
+    takes messages of what an instance sends.
+    """
+    (tp, layer), (tf, ep), (body_s, share) = attention, ffn, clock
+    wire = request.problem.wires[ways]
+    if isinstance(wire, NoWire):
+        return 0, 0
+    out, back = row_bytes(request)
     message = max(request.problem.pools[n].efficiency.message_s for n in ways)
     left = (1 - share) * body_s / 2 - layer - 2 * message
     if left <= 0:
-        return 0
-    by_time = left / (ep * wire.message_s_per_byte * (out + back))
-    busy = share * body_s / 2 / (ep * wire.busy_s_per_byte * max(out, back))
-    return math.floor(min(by_time, busy) * cards * (1 + 1e-12))
+        return 0, 0
+
+    def there_and_back(rows):
+        return message_s(wire, rows * out) + message_s(wire, rows * back)
+
+    busy = share * body_s / 2 / (wire.busy_s_per_byte * max(out, back))
+    rows = min(most_rows(there_and_back, left / ep), busy / ep)
+    send = min(most[0], math.floor(rows * tp * (1 + 1e-12)))
+    if not send:
+        return 0, 0
+    longest = min(send / tf, most_rows(there_and_back, left))
+    rows = min(left / there_and_back(longest) * longest, busy)
+    return send, min(most[1], math.floor(rows * tf * (1 + 1e-12)))
 
 
 def fits_servers(pools, groups):
@@ -286,14 +324,11 @@ def brute_force(request):
         attention, ffn = columns_at(request, body_s, in_flight, share)
         if not attention or not ffn:
             continue
-        send = [
-            [min(b, wire_tokens(request, (p, q), tp, ep, layer, body_s, share))
-             for q, _, ep, _ in ffn] for p, tp, b, layer, _ in attention
+        passed = [
+            [wire_tokens(request, (p, q), (tp, layer), (tf, ep), (a, f), (body_s, share))
+             for q, tf, ep, f in ffn] for p, tp, a, layer, _ in attention
         ]  # fmt: skip
-        take = [
-            [min(b, wire_tokens(request, (p, q), tf * ep, ep, layer, body_s, share))
-             for q, tf, ep, b in ffn] for p, _, _, layer, _ in attention
-        ]  # fmt: skip
+        send, take = ([[pair[k] for pair in row] for row in passed] for k in (0, 1))
         columns = [(p, 1, tp) for p, tp, *_ in attention] + [(q, ep, tp) for q, tp, ep, _ in ffn]
         key = tuple(columns)
         ways[key] = ways.get(key) or list(counts_of(pools, columns))

@@ -209,3 +209,28 @@ def test_one_point_is_a_front_and_one_context_a_line():
 
 def test_money_keeps_three_digits():
     assert [module.money(usd) for usd in (0.05512, 2.5, None)] == ["$0.0551", "$2.500", "–"]
+    assert [module.money(usd) for usd in (0.00512, 1.384e-5, 0.0)] == [
+        "$0.00512", "$1.38e-05", "$0.0000",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["tokens", "cards"])
+def test_a_plan_of_another_objective_has_a_page_without_a_bound_in_dollars(objective):
+    asked = {"objective": objective, "lower_bound": None}
+    text = page(**asked).text
+    assert "$0.0551 per million tokens" in text and "but for a gap of 0.36 %" in text
+    unpriced = page(**asked, objective_usd_per_mtok=None, breakdown=None, paper_bound=None).text
+    assert "26,825 tokens/s, unpriced" in unpriced
+
+
+def test_a_plan_of_the_least_dollars_needs_its_bound():
+    with pytest.raises(PlacementError, match="lower_bound: expected a number, got None"):
+        report_page({**full_plan(), "lower_bound": None})
+
+
+def test_seconds_of_a_role_are_told_in_milliseconds_and_an_edge_by_its_slowest_hop():
+    edge = {"attention": "h800", "ffn": "ascend-910b", "slowest_hop": "PCIe of h800"}
+    role = {**full_plan()["attention"], "pass_s": 0.0090378}
+    text = page(attention=role, edges=[edge]).text
+    assert "pass, ms 9.04" in text and "pass s" not in text
+    assert "slowest hop, h800 to ascend-910b PCIe of h800" in text

@@ -142,6 +142,25 @@ def test_a_score_that_is_to_be_beaten_is_not_merely_met():
     assert cheapest_per_token(program, 8 / 40 * 1.001, SECONDS).counts is not None
 
 
+def test_a_solver_that_gives_up_is_asked_again():
+    """HiGHS of scipy 1.17: "Solve error" where the cost has to be a hair under the optimum.
+
+    Of the first attention column one instance ($844.44) and the cheap set ($422.22) serve 8.46
+    tokens for $1266.67, which is the least: the others cost $1638.89 and more.
+    """
+    program = Mix(
+        np.array([844.4444444444445, 1638.888888888889]),
+        np.array([422.2222222222222, 819.4444444444445, 844.4444444444445]),
+        np.array([[303.0, 0, 303], [0, 201, 0]]),
+        np.array([[1819.0, 0, 3639], [0, 1061, 0]]),
+        np.array([[2.0, 0, 1, 0, 2], [2, 0, 0, 0, 2], [0, 2, 0, 1, 0], [0, 2, 0, 0, 0]]),
+        np.array([3.0, 2, 3, 2]),
+    )
+    answer = cheapest_for(program, 8.464817012691357, 1266.6666666666667, SECONDS)
+    assert answer.counts is None
+    assert answer.bound == pytest.approx(1266.6666666666667, rel=1e-6)
+
+
 def test_knapsack_takes_the_cheapest_that_serve_enough():
     # $3 for 10 (two of them), $5 for 20 (one): 30 tokens cost 8; 40 cost 11; 41 cannot be.
     rows, limits = np.eye(2), np.array([2.0, 1.0])
