@@ -38,7 +38,7 @@ from step3_hetero.backends.cuda.cards import (
     described,
 )
 from step3_hetero.backends.cuda.copies import Copies, pinned
-from step3_hetero.backends.cuda.graphs import CudaGraphedStage, DecodeBatch
+from step3_hetero.backends.cuda.graphs import CudaGraphedStage, DecodeBatch, OnCard
 from step3_hetero.backends.cuda.memory import Watched, memory_for, stage_name
 from step3_hetero.backends.cuda.stages import CudaAttention, CudaFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
@@ -158,6 +158,7 @@ class CudaDevice(Device):
         self._prepared = "no stage yet"
         self._batch: attention.Batch | None = None
         self._decoding: dict[int, DecodeBatch] = {}
+        self._capture = OnCard(place)
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
         """Copy, so that the caller's array and the device's are never one."""
@@ -248,7 +249,7 @@ class CudaDevice(Device):
         else:
             return compose(self, spec, weights, cache, limits, reduce)
         if self.options["graphs"] and not spec.batch_invariant and reduce is None:
-            return CudaGraphedStage(stage, limits, self.place, self._decoding)
+            return CudaGraphedStage(stage, limits, self.place, self._decoding, self._capture)
         return stage
 
     def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
