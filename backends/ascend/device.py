@@ -41,7 +41,7 @@ from step3_hetero.backends.ascend import (
     sampling,
     vision,
 )
-from step3_hetero.backends.ascend.graphs import SPARE_BLOCKS, DecodeBatch, graphed
+from step3_hetero.backends.ascend.graphs import SPARE_BLOCKS, DecodeBatch, OnCard, graphed
 from step3_hetero.backends.ascend.requantise import Requantised
 from step3_hetero.backends.ascend.stages import AscendAttention, AscendFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
@@ -124,6 +124,7 @@ class AscendDevice(Device):
         self.device = torch.device("npu", index)
         self._batch: attention.Batch | None = None
         self._decoding: dict[tuple[int, int], DecodeBatch] = {}
+        self._capture = OnCard(self.device)
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
         """Copy to the device, large arrays in pieces through pinned memory."""
@@ -232,7 +233,7 @@ class AscendDevice(Device):
         else:
             return compose(self, spec, weights, cache, limits, reduce)
         if self.graphs and not spec.batch_invariant and reduce is None:
-            return graphed(stage, limits, self._decoding)
+            return graphed(stage, limits, self._decoding, self._capture)
         return invariant(self, stage)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
@@ -243,7 +244,7 @@ class AscendDevice(Device):
         """Queue a copy to the device; pinned memory is read while the host goes on."""
         source = to_torch(host)
         out.copy_(source, non_blocking=True)
-        return copies.NpuEvent(keep=source)
+        return copies.NpuEvent(self.device, keep=source)
 
     def copy_out(self, x: Tensor, host: HostArray) -> Event:
         """Queue a copy to the host; at once where ``host`` is not one run of memory."""
@@ -251,4 +252,4 @@ class AscendDevice(Device):
             host[...] = self.to_host(x)
             return Done()
         to_torch(host).copy_(x, non_blocking=True)
-        return copies.NpuEvent(keep=x)
+        return copies.NpuEvent(self.device, keep=x)
