@@ -45,6 +45,7 @@ from step3_hetero.backends.ascend.graphs import SPARE_BLOCKS, DecodeBatch, OnCar
 from step3_hetero.backends.ascend.requantise import Requantised
 from step3_hetero.backends.ascend.stages import AscendAttention, AscendFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
+from step3_hetero.backends.torch_common.batches import Recent
 from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.composed import compose, invariant
 from step3_hetero.errors import UnsupportedOp
@@ -122,7 +123,9 @@ class AscendDevice(Device):
             driver.allow_internal_formats()
         self._staging: copies.Staging | None = None
         self.device = torch.device("npu", index)
-        self._batch: attention.Batch | None = None
+        self._batches = Recent(
+            partial(attention.Batch, device=self.device, split_tokens=kv_split, triton=triton)
+        )
         self._decoding: dict[tuple[int, int], DecodeBatch] = {}
         self._capture = OnCard(self.device)
 
@@ -196,9 +199,7 @@ class AscendDevice(Device):
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
-        if self._batch is None or self._batch.meta is not meta:
-            self._batch = attention.Batch(meta, self.device, self.kv_split, self.triton)
-        return self._batch
+        return self._batches.of(meta)
 
     def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
         """Join a group over HCCL; cards of one node.

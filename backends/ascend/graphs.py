@@ -42,7 +42,9 @@ LARGEST_BUCKET = 2 * LOGICAL_BLOCK * SPARE_BLOCKS
 def why_unavailable() -> str | None:
     """Say why this torch_npu captures no graphs, or None."""
     npu = driver.module()
-    missing = [n for n in ("NPUGraph", "graph", "Stream", "stream", "device") if not hasattr(npu, n)]
+    missing = [
+        n for n in ("NPUGraph", "graph", "Stream", "stream", "device") if not hasattr(npu, n)
+    ]
     return f"this torch_npu has no {missing[0]}" if missing else None
 
 

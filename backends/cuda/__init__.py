@@ -56,7 +56,8 @@ class CudaBackend(Backend):
         if not torch.cuda.is_available():
             return (
                 "no NVIDIA card or driver on this machine, or a driver older than CUDA "
-                f"{torch.version.cuda} asks for (nvidia-smi says); option interpret: true needs none"
+                f"{torch.version.cuda} asks for (nvidia-smi tells); option interpret: true needs "
+                "none"
             )
         return None
 

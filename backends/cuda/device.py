@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from step3_hetero.backends.cuda.graphs import CudaGraphedStage, DecodeBatch, OnC
 from step3_hetero.backends.cuda.memory import Watched, memory_for, stage_name
 from step3_hetero.backends.cuda.stages import CudaAttention, CudaFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
+from step3_hetero.backends.torch_common.batches import Recent
 from step3_hetero.composed import PerRow, compose, invariant
 from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.specs import (
@@ -156,7 +158,7 @@ class CudaDevice(Device):
             _keep_precision()
         self.copies = Copies(place)
         self._prepared = "no stage yet"
-        self._batch: attention.Batch | None = None
+        self._batches = Recent(partial(attention.Batch, device=place))
         self._decoding: dict[int, DecodeBatch] = {}
         self._capture = OnCard(place)
 
@@ -215,9 +217,7 @@ class CudaDevice(Device):
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
-        if self._batch is None or self._batch.meta is not meta:
-            self._batch = attention.Batch(meta, self.place)
-        return self._batch
+        return self._batches.of(meta)
 
     def build(
         self,

@@ -285,6 +285,8 @@ def test_make_installs_the_torch_that_the_machine_can_use(target, driver, build,
     if driver:
         (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
+    elif shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a driver")
     done = subprocess.run(
         ["make", "-n", target, f"VENV={tmp_path / 'venv'}", "TORCH=2.13.0"],
         cwd=Path(gpu.__file__).parents[1], check=True, capture_output=True, text=True,

@@ -114,7 +114,8 @@ def in_fp8(out, columns):
 
 
 def in_int8(out, columns):
-    return LinearWeights(None, [Integers((out, columns), META)], None, torch.bfloat16, 90, {}, "", 0)
+    part = Integers((out, columns), META)
+    return LinearWeights(None, [part], None, torch.bfloat16, 90, {}, "", 0)
 
 
 def attention_stage(linear, kv):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.cuda import attention, jobs, moe
@@ -10,6 +11,7 @@ from step3_hetero.backends.cuda.kernels import rows as row_kernels
 from step3_hetero.backends.cuda.launch import launch, recording
 from step3_hetero.backends.reference.quant import quantise_runs as definition
 from step3_hetero.backends.torch_common.arrays import to_torch
+from step3_hetero.backends.torch_common.weights import STRIP_ROWS, dense
 from step3_hetero.conformance.case import Case
 from step3_hetero.conformance.exam import examine
 from step3_hetero.conformance.forms import OpTrial
@@ -229,3 +231,31 @@ def test_kernels_of_a_card_are_started_without_asking_it_anything():
         assert len(jobs.jobs(arch)) > 70
     with recording(90), pytest.raises(RuntimeError, match="meta"):
         torch.empty(1, device="meta").item()
+
+
+class LargestMade(TorchDispatchMode):
+    """Notes the bytes of the largest array made in float64."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.nbytes = max(self.nbytes, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("stored", ["float32", FP8])
+def test_a_large_matrix_is_rounded_to_int8_in_strips(stored, device, rng):
+    """In one piece the head's 128,815 rows would take 7.4 GB of float64, several times over."""
+    data = rng.standard_normal((2 * STRIP_ROWS + 300, 8)).astype(stored)
+    scale = None if stored == "float32" else rng.random((19, 1)).astype(np.float32)
+    tensor = HostTensor("w", data, scale)
+    with LargestMade() as seen:
+        weights = device.prepare(
+            "linear", {"w": tensor}, OpSpec("linear", "bfloat16", weight_format="int8")
+        )
+    assert 0 < seen.nbytes <= STRIP_ROWS * 8 * 8
+    codes, scales = definition(dense(tensor, torch.float32).numpy(), "int8")
+    np.testing.assert_array_equal(weights.parts[0].codes.numpy(), codes)
+    np.testing.assert_array_equal(weights.parts[0].scales.numpy(), scales)
