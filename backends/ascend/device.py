@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -126,7 +127,7 @@ class AscendDevice(Device):
         self._batches = Recent(
             partial(attention.Batch, device=self.device, split_tokens=kv_split, triton=triton)
         )
-        self._decoding: dict[tuple[int, int], DecodeBatch] = {}
+        self._decoding: dict[int, dict[tuple[int, int], DecodeBatch]] = defaultdict(dict)
         self._capture = OnCard(self.device)
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
@@ -234,7 +235,8 @@ class AscendDevice(Device):
         else:
             return compose(self, spec, weights, cache, limits, reduce)
         if self.graphs and not spec.batch_invariant and reduce is None:
-            return graphed(stage, limits, self._decoding, self._capture)
+            batches = self._decoding[limits.blocks_per_seq]  # their tables are as wide as that
+            return graphed(stage, limits, batches, self._capture)
         return invariant(self, stage)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -159,7 +160,7 @@ class CudaDevice(Device):
         self.copies = Copies(place)
         self._prepared = "no stage yet"
         self._batches = Recent(partial(attention.Batch, device=place))
-        self._decoding: dict[int, DecodeBatch] = {}
+        self._decoding: dict[int, dict[int, DecodeBatch]] = defaultdict(dict)
         self._capture = OnCard(place)
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
@@ -249,7 +250,8 @@ class CudaDevice(Device):
         else:
             return compose(self, spec, weights, cache, limits, reduce)
         if self.options["graphs"] and not spec.batch_invariant and reduce is None:
-            return CudaGraphedStage(stage, limits, self.place, self._decoding, self._capture)
+            batches = self._decoding[limits.blocks_per_seq]  # their tables are as wide as that
+            return CudaGraphedStage(stage, limits, self.place, batches, self._capture)
         return stage
 
     def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:

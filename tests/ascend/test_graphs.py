@@ -247,3 +247,14 @@ def test_stand_ins_runtime_has_the_vendors_parameters(name):
     for part in name.split("."):
         found = getattr(found, part)
     assert list(inspect.signature(found).parameters) == RUNTIME[name]
+
+
+def test_stages_of_other_widths_share_a_device(graphing):
+    """A captured batch's tables are as wide as its stage's limits say; a device has many stages."""
+    case = StageCase("attention", "bfloat16", "odd", 1, (1,), (130,))
+    inner = case.place(graphing, case.inputs(), "bfloat16").stages[0].inner
+    for blocks in (1, 4):
+        limits = Limits(tokens=4, seqs=4, blocks_per_seq=blocks)
+        stage = graphing.build(inner.spec, inner.w, inner.cache, limits)
+        stage.plan(meta([100 * blocks], np.arange(blocks, dtype=np.int32)[None]))
+        assert stage.inner.batch.tables.shape == (1, blocks)
