@@ -259,3 +259,24 @@ def test_a_large_matrix_is_rounded_to_int8_in_strips(stored, device, rng):
     codes, scales = definition(dense(tensor, torch.float32).numpy(), "int8")
     np.testing.assert_array_equal(weights.parts[0].codes.numpy(), codes)
     np.testing.assert_array_equal(weights.parts[0].scales.numpy(), scales)
+
+
+def test_slots_beyond_two_to_the_31_elements_are_reached(device, rng, monkeypatch):
+    """A card of 80 GB holds such a cache; here its pages are taken where they are written."""
+    lazy = lambda shape, dtype, device: torch.from_numpy(np.zeros(shape, np.int8))  # noqa: E731  short
+    monkeypatch.setattr(attention.torch, "zeros", lazy)
+    far = 2**31 // (128 * 256) + 3
+    positions, ends = np.arange(130, dtype=np.int32), np.array([0, 130], np.int32)
+    q, k, v = (torch.from_numpy(rng.standard_normal((130, 1, 256)).astype(np.float32))
+               for _ in "qkv")  # fmt: skip
+    found = []
+    for first, blocks in ((far, far + 1), (0, 2)):
+        cache = device.open_cache(CacheSpec(1, 256, blocks, "int8"))
+        assert (cache.k.numel() > 2**31) == (first == far)
+        table = np.array([[first, 1]], np.int32)
+        slots = (table[0, positions // 128] * 128 + positions % 128).astype(np.int32)
+        batch = device.batch(BatchMeta(positions, slots, ends, ends[1:], table))
+        cache.write(k, v, batch)
+        found.append(device.kernel("attention")(q, cache, batch, scale=0.0625))
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0.01
