@@ -254,5 +254,6 @@ class AscendDevice(Device):
         if not host.flags.c_contiguous:
             host[...] = self.to_host(x)
             return Done()
-        to_torch(host).copy_(x, non_blocking=True)
-        return copies.NpuEvent(self.device, keep=x)
+        target = to_torch(host)
+        target.copy_(x, non_blocking=True)
+        return copies.NpuEvent(self.device, keep=(x, target))

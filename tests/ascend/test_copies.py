@@ -124,3 +124,13 @@ def test_a_copy_is_waited_for_on_the_device_that_holds_the_array(device, monkeyp
     staging.copy_in(host, x)
     staging.copy_out(x, host)
     assert asked == [device.device] * 4
+
+
+def test_a_copy_to_the_host_keeps_both_ends_until_it_is_waited_for(device):
+    x, host = device.empty((4,), "float32"), np.zeros(4, np.float32)
+    event = device.copy_out(x, host)
+    source, target = event.keep
+    assert source is x
+    assert target.data_ptr() == host.ctypes.data
+    event.wait(1.0)
+    assert event.keep is None
