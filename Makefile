@@ -9,6 +9,10 @@ SHELL := /bin/bash
 TORCH ?= 2.13.0
 # The Triton that this torch pins; its kernels are compiled and interpreted without a card.
 TRITON ?= 3.7.1
+# Which build of it: PyPI's with CUDA for test-gpu and bench-gpu beside a driver of NVIDIA's, and from
+# then on; else the small one without.
+TORCH_BUILD ?= $(if $(or $(wildcard $(VENV)/.torch-$(TORCH)-cuda),$(and $(filter %-gpu,$(MAKECMDGOALS)),\
+  $(shell command -v nvidia-smi))),cuda,cpu)
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BACKEND ?= cpu
@@ -119,7 +123,7 @@ $(VENV)/.created:
 
 # PyPI's torch for x86 Linux brings gigabytes of CUDA libraries. The CPU build has a version of its
 # own: from a folder that pip knows, else from PyTorch's index, else PyPI's after all.
-$(VENV)/.torch-$(TORCH): $(VENV)/.created
+$(VENV)/.torch-$(TORCH)-cpu: $(VENV)/.created
 	@echo "installing torch $(TORCH)"
 	@$(PIP) install "torch==$(TORCH)+cpu" 2>$(VENV)/torch.log || \
 	  $(PIP) install --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) "torch==$(TORCH)+cpu" 2>>$(VENV)/torch.log || \
@@ -127,7 +131,14 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.created
 	    $(PIP) install "torch==$(TORCH)"; }
 	@touch $@
 
-$(VENV)/.run: pyproject.toml $(VENV)/.torch-$(TORCH)
+# To pip the CPU build is this version too, and would stay.
+$(VENV)/.torch-$(TORCH)-cuda: $(VENV)/.created
+	@echo "installing torch $(TORCH) with CUDA: gigabytes"
+	@$(PIP) uninstall --yes torch 2>$(VENV)/torch.log
+	@$(PIP) install "torch==$(TORCH)"
+	@touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.torch-$(TORCH)-$(TORCH_BUILD)
 	@echo "installing step3-hetero"
 	@$(PIP) install --editable '.[cpu,plan]'
 	@touch $@

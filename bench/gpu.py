@@ -6,6 +6,7 @@ Written without a card and never run on one: on a machine without, it says so an
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,6 +32,10 @@ EACH_S = 20.0
 """So long one line is timed at most, its warming up apart."""
 
 WARM_UPS, RUNS = 3, 20
+
+WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Processes of the conformance run: what takes its time is the reference on the host, and compiling
+each kernel for each of its shapes."""
 
 FIGURES, CERTIFICATE = Path("cuda-bench.json"), Path("docs/certificates/cuda.certificate.json")
 
@@ -68,7 +73,7 @@ def main(test: bool, path: Path) -> None:
 def certify(cap_s: float) -> int:
     """Run every case on the card; the certificate goes beside the others. 1 if time runs out."""
     command = [sys.executable, "-m", "step3_hetero.cli", "conformance", "run", "--backend", "cuda",
-               "--full", "--json", str(CERTIFICATE)]  # fmt: skip
+               "--full", "--workers", str(WORKERS), "--json", str(CERTIFICATE)]  # fmt: skip
     try:
         return subprocess.run(command, check=False, timeout=cap_s).returncode
     except subprocess.TimeoutExpired:

@@ -46,23 +46,22 @@ def why_infeasible(request: Request) -> str:
     """Return one sentence: the constraint, by how much it is missed, and the nearest change."""
     if request.demand is not None and is_feasible(request):
         return _too_little(request)
-    if banned := _banned(request.problem):
-        return banned
+    if excluded := _excluded(request.problem):
+        return excluded
     changes = list(_changes(request))
     missing = sorted({w.reason for w in request.problem.wires.values() if isinstance(w, NoWire)})
-    said = _excluded(request.problem) or _memory(request.problem) or _time(request)
+    said = _memory(request.problem) or _time(request)
     help_ = f"; nearest change: {' or '.join(changes)}" if changes else ""
     return said + help_ + (f"; left out: {'; '.join(missing)}" if missing else "")
 
 
-def _banned(problem: Problem) -> str:
+def _excluded(problem: Problem) -> str:
     """Say which role no pool may run; empty: each has one."""
     for role in ("attention", "ffn"):
         if not any(problem.allows(role, pool) for pool in problem.pools):
-            named = " and ".join(f"{role}:{pool.card.name}" for pool in problem.pools)
-            return (
-                f"roles: no pool may run {role}: --exclude {named}; nearest change: leave one out"
-            )
+            cards = sorted({pool.card.name for pool in problem.pools})
+            each = " or ".join(f"--exclude {role}:{card}" for card in cards)
+            return f"exclusions: no card is left for {role}; leave out {each}"
     return ""
 
 
@@ -77,18 +76,6 @@ def _too_little(request: Request) -> str:
         f"({1 - most / request.demand:.1%} short); nearest change: --demand {np.floor(most):.0f} "
         f"or about {times:.2f} times the cards"
     )
-
-
-def _excluded(problem: Problem) -> str:
-    """Say which role no card may run; empty where each has a pool, or a colocated plan may be."""
-    if any(problem.allows("colocated", pool) for pool in problem.pools):
-        return ""
-    for role in ("attention", "ffn"):
-        if not any(problem.allows(role, pool) for pool in problem.pools):
-            cards = sorted({pool.card.name for pool in problem.pools})
-            each = " or ".join(f"--exclude {role}:{card}" for card in cards)
-            return f"exclusions: no card is left for {role}; leave out {each}"
-    return ""
 
 
 def _memory(problem: Problem) -> str:

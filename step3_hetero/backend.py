@@ -278,7 +278,7 @@ class Device(ABC):
         """Return ``meta`` in the form that ``KVCache.write`` and the attention kernel take.
 
         Composed stages read ``positions`` of it, a device array (tokens,) int32, for op rope.
-        Called once per stage with the same object: keep the last one.
+        Called once per stage with the same object, micro-batches in turn: keep the last few.
         """
 
     def build(

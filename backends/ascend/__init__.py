@@ -71,7 +71,7 @@ class AscendBackend(Backend):
 
         launch = decode.launcher() if triton else None
         if graphs:
-            acl_graphs.check_runtime()
+            acl_graphs.check_runtime(index)
         return AscendDevice(
             _here(index), index, kv_split=split, nz=nz, triton=launch, graphs=graphs
         )

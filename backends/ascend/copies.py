@@ -30,14 +30,16 @@ COPY_S = 60.0
 
 
 class NpuEvent(Event):
-    """The point that the device's queue had reached when this was made; ``keep`` lives until then.
+    """The point that a device's queue had reached when this was made; ``keep`` lives until then.
 
-    ``what`` ends there: it is named when the deadline passes.
+    ``what`` ends there: it is named when the deadline passes. The queue is that of ``place``: which
+    device a thread has as its current one says nothing of where an array lies.
     """
 
-    def __init__(self, keep: Any = None, what: str = "a copy") -> None:
-        self._event = driver.module().Event()
-        self._event.record()
+    def __init__(self, place: torch.device, keep: Any = None, what: str = "a copy") -> None:
+        npu = driver.module()
+        self._event = npu.Event()
+        self._event.record(npu.current_stream(place))
         self.keep = keep
         self.what = what
 
@@ -88,7 +90,7 @@ class Staging:
             buffer = self._free(number, pending)[: piece.stop - piece.start]
             buffer.copy_(source[piece])
             target[piece].copy_(buffer, non_blocking=True)
-            pending[number % 2] = NpuEvent(keep=buffer)
+            pending[number % 2] = NpuEvent(out.device, keep=buffer)
         self._wait(pending)
 
     def copy_out(self, x: Tensor, host: Tensor) -> None:
@@ -104,7 +106,7 @@ class Staging:
                 _arrived(*started.pop(0), target)
             buffer = self.buffers[number % 2][: piece.stop - piece.start]
             buffer.copy_(source[piece], non_blocking=True)
-            started.append((piece, buffer, NpuEvent()))
+            started.append((piece, buffer, NpuEvent(x.device)))
         for piece, buffer, event in started:
             _arrived(piece, buffer, event, target)
 

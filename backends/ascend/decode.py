@@ -52,7 +52,9 @@ def _on_card(
 ) -> None:
     from step3_hetero.backends.ascend.kernels import attention
 
-    getattr(attention, name)[tuple(grid)](*args, **constants)
+    place = next(x.device for x in args if isinstance(x, Tensor))
+    with driver.module().device(place):  # a launch goes to the current device of its thread
+        getattr(attention, name)[tuple(grid)](*args, **constants)
 
 
 def attend(

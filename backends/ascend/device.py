@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -41,10 +42,11 @@ from step3_hetero.backends.ascend import (
     sampling,
     vision,
 )
-from step3_hetero.backends.ascend.graphs import SPARE_BLOCKS, DecodeBatch, graphed
+from step3_hetero.backends.ascend.graphs import SPARE_BLOCKS, DecodeBatch, OnCard, graphed
 from step3_hetero.backends.ascend.requantise import Requantised
 from step3_hetero.backends.ascend.stages import AscendAttention, AscendFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
+from step3_hetero.backends.torch_common.batches import Recent
 from step3_hetero.backends.torch_common.weights import dense
 from step3_hetero.composed import compose, invariant
 from step3_hetero.errors import UnsupportedOp
@@ -122,8 +124,11 @@ class AscendDevice(Device):
             driver.allow_internal_formats()
         self._staging: copies.Staging | None = None
         self.device = torch.device("npu", index)
-        self._batch: attention.Batch | None = None
-        self._decoding: dict[tuple[int, int], DecodeBatch] = {}
+        self._batches = Recent(
+            partial(attention.Batch, device=self.device, split_tokens=kv_split, triton=triton)
+        )
+        self._decoding: dict[int, dict[tuple[int, int], DecodeBatch]] = defaultdict(dict)
+        self._capture = OnCard(self.device)
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
         """Copy to the device, large arrays in pieces through pinned memory."""
@@ -195,9 +200,7 @@ class AscendDevice(Device):
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
-        if self._batch is None or self._batch.meta is not meta:
-            self._batch = attention.Batch(meta, self.device, self.kv_split, self.triton)
-        return self._batch
+        return self._batches.of(meta)
 
     def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:
         """Join a group over HCCL; cards of one node.
@@ -232,7 +235,8 @@ class AscendDevice(Device):
         else:
             return compose(self, spec, weights, cache, limits, reduce)
         if self.graphs and not spec.batch_invariant and reduce is None:
-            return graphed(stage, limits, self._decoding)
+            batches = self._decoding[limits.blocks_per_seq]  # their tables are as wide as that
+            return graphed(stage, limits, batches, self._capture)
         return invariant(self, stage)
 
     def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
@@ -243,12 +247,13 @@ class AscendDevice(Device):
         """Queue a copy to the device; pinned memory is read while the host goes on."""
         source = to_torch(host)
         out.copy_(source, non_blocking=True)
-        return copies.NpuEvent(keep=source)
+        return copies.NpuEvent(self.device, keep=source)
 
     def copy_out(self, x: Tensor, host: HostArray) -> Event:
         """Queue a copy to the host; at once where ``host`` is not one run of memory."""
         if not host.flags.c_contiguous:
             host[...] = self.to_host(x)
             return Done()
-        to_torch(host).copy_(x, non_blocking=True)
-        return copies.NpuEvent(keep=x)
+        target = to_torch(host)
+        target.copy_(x, non_blocking=True)
+        return copies.NpuEvent(self.device, keep=(x, target))

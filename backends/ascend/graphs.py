@@ -42,15 +42,18 @@ LARGEST_BUCKET = 2 * LOGICAL_BLOCK * SPARE_BLOCKS
 def why_unavailable() -> str | None:
     """Say why this torch_npu captures no graphs, or None."""
     npu = driver.module()
-    missing = [n for n in ("NPUGraph", "graph", "Stream", "stream") if not hasattr(npu, n)]
+    missing = [
+        n for n in ("NPUGraph", "graph", "Stream", "stream", "device") if not hasattr(npu, n)
+    ]
     return f"this torch_npu has no {missing[0]}" if missing else None
 
 
 class AclGraph:
     """A captured graph, and the end of its last replay."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, place: torch.device) -> None:
         self.graph = graph
+        self.place = place
         self.done: NpuEvent | None = None
 
     def update(self, contexts: Sequence[int]) -> None:
@@ -66,22 +69,36 @@ class AclGraph:
     def replay(self) -> None:
         """Queue the captured work again."""
         self.graph.replay()
-        self.done = NpuEvent(what="a graph")
+        self.done = NpuEvent(self.place, what="a graph")
 
 
-def capture(work: Callable[[], Named]) -> tuple[AclGraph, Named]:
-    """Capture ``work`` on the current device and return the graph and the arrays that it fills."""
-    npu = driver.module()
-    side = npu.Stream()
-    side.wait_stream(npu.current_stream())
-    with npu.stream(side):
-        for _ in range(WARM_UPS):
-            work()
-    npu.current_stream().wait_stream(side)
-    graph = npu.NPUGraph()
-    with npu.graph(graph, auto_dispatch_capture=True):
-        results = work()
-    return AclGraph(graph), results
+class OnCard:
+    """Captures work on one device, whichever device the calling thread has as its current one.
+
+    torch_npu's own capture stream belongs to the device that was current when the process first
+    captured. Other threads may allocate and look at events meanwhile.
+    """
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place
+        self._side: Any = None
+
+    def __call__(self, work: Callable[[], Named]) -> tuple[AclGraph, Named]:
+        """Return the graph of ``work`` and the arrays that it fills."""
+        npu = driver.module()
+        with npu.device(self.place):
+            self._side = self._side or npu.Stream(self.place)
+            current, side = npu.current_stream(self.place), self._side
+            side.wait_stream(current)
+            with npu.stream(side):
+                for _ in range(WARM_UPS):
+                    work()
+            current.wait_stream(side)
+            graph = npu.NPUGraph()
+            with npu.graph(graph, stream=side, auto_dispatch_capture=True,
+                           capture_error_mode="thread_local"):  # fmt: skip
+                results = work()
+        return AclGraph(graph, self.place), results
 
 
 class DecodeBatch(att.Batch):
@@ -152,6 +169,7 @@ def graphed(
     stage: AscendAttention | AscendFfn,
     bounds: Limits,
     batches: dict[tuple[int, int], DecodeBatch],
+    capture: OnCard,
 ) -> AclGraphedStage:
     """Return ``stage`` with its decode steps as graphs. ``batches`` belongs to the device.
 
@@ -179,11 +197,23 @@ def _batch_for(
     return batches[key]
 
 
-def check_runtime() -> None:
-    """Refuse the option where graphs cannot be captured.
+_updated: list[int] = []
+"""The device whose graphs this process updates: torch_npu has one stream to update them on
+(``_GraphDispatchMode.update_stream``, of the device that was current at the first capture)."""
+
+
+def check_runtime(index: int) -> None:
+    """Refuse the option where graphs cannot be captured, or not on device ``index``.
 
     Raises:
-        PlacementError: naming what is missing.
+        PlacementError: naming what is missing, or the device that has graphs in this process.
     """
     if reason := why_unavailable():
         raise PlacementError(f"backend ascend, option graphs: {reason}; leave the option off")
+    if _updated and _updated != [index]:
+        raise PlacementError(
+            f"backend ascend, option graphs: ascend:{index} refused beside ascend:{_updated[0]}; "
+            "torch_npu updates the graphs of one device a process: give each role a process of its "
+            "own, or leave the option off"
+        )
+    _updated[:] = [index]

@@ -5,7 +5,6 @@ Nothing larger than a strip is ever held beside the checkpoint's mapped file and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -15,11 +14,8 @@ import torch
 from torch import Tensor
 
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE
-from step3_hetero.backends.torch_common.weights import dense
-from step3_hetero.specs import FP8_BLOCK, HostTensor
-
-STRIP_ROWS = 8 * FP8_BLOCK
-"""Rows on the host at a time: whole blocks of a block-FP8 checkpoint."""
+from step3_hetero.backends.torch_common.weights import strips
+from step3_hetero.specs import HostTensor
 
 LARGEST = 127.0
 
@@ -64,16 +60,6 @@ def method_of(tensor: HostTensor, form: str) -> str:
     how = " per output row" if form == "int8" else ""
     blocks = "block " if tensor.scale_inv is not None else ""
     return f"{form}{how} from {blocks}{tensor.dtype.name}"
-
-
-def strips(tensor: HostTensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of a matrix in float32, some at a time."""
-    for start in range(0, tensor.shape[0], STRIP_ROWS):
-        rows = slice(start, min(start + STRIP_ROWS, tensor.shape[0]))
-        scale = tensor.scale_inv
-        if scale is not None:
-            scale = scale[start // FP8_BLOCK : -(-rows.stop // FP8_BLOCK)]
-        yield rows, dense(HostTensor(tensor.name, tensor.data[rows], scale), torch.float32)
 
 
 def load_rows(tensor: HostTensor, target: Tensor, weight_format: str | None = None) -> Requantised:

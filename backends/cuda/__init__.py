@@ -54,7 +54,11 @@ class CudaBackend(Backend):
                 "kernels on the host"
             )
         if not torch.cuda.is_available():
-            return "no NVIDIA card or driver on this machine; option interpret: true needs none"
+            return (
+                "no NVIDIA card or driver on this machine, or a driver older than CUDA "
+                f"{torch.version.cuda} asks for (nvidia-smi tells); option interpret: true needs "
+                "none"
+            )
         return None
 
     def open(self, index: int, options: Mapping[str, Any] = NO_OPTIONS) -> Device:

@@ -104,11 +104,14 @@ class Copies:
         return held
 
     def placed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a copy of host tensor ``x`` on the card, by way of page-locked memory.
+        """Return a copy of host tensor ``x`` on the card, by way of page-locked memory of its own.
 
-        Returns before it is there; torch keeps the page-locked block until then.
+        Returns before it is there; torch keeps the page-locked block until then. ``x`` may be
+        written over at once, page-locked or not: ``pin_memory`` would copy only what is not.
         """
-        return x.pin_memory().to(self.place, dtype, non_blocking=True)
+        held = torch.empty(x.shape, dtype=dtype, pin_memory=True)
+        held.copy_(x)
+        return held.to(self.place, non_blocking=True)
 
 
 def pinned(nbytes: int, place: torch.device) -> npt.NDArray[np.uint8]:

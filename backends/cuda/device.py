@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,10 +40,11 @@ from step3_hetero.backends.cuda.cards import (
     described,
 )
 from step3_hetero.backends.cuda.copies import Copies, pinned
-from step3_hetero.backends.cuda.graphs import CudaGraphedStage, DecodeBatch
+from step3_hetero.backends.cuda.graphs import CudaGraphedStage, DecodeBatch, OnCard
 from step3_hetero.backends.cuda.memory import Watched, memory_for, stage_name
 from step3_hetero.backends.cuda.stages import CudaAttention, CudaFfn
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_host, to_torch
+from step3_hetero.backends.torch_common.batches import Recent
 from step3_hetero.composed import PerRow, compose, invariant
 from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.specs import (
@@ -156,8 +159,9 @@ class CudaDevice(Device):
             _keep_precision()
         self.copies = Copies(place)
         self._prepared = "no stage yet"
-        self._batch: attention.Batch | None = None
-        self._decoding: dict[int, DecodeBatch] = {}
+        self._batches = Recent(partial(attention.Batch, device=place))
+        self._decoding: dict[int, dict[int, DecodeBatch]] = defaultdict(dict)
+        self._capture = OnCard(place)
 
     def from_host(self, x: HostArray, dtype: str | None = None) -> Tensor:
         """Copy, so that the caller's array and the device's are never one."""
@@ -214,9 +218,7 @@ class CudaDevice(Device):
 
     def batch(self, meta: BatchMeta) -> attention.Batch:
         """Return the batch as tensors, made once for all layers."""
-        if self._batch is None or self._batch.meta is not meta:
-            self._batch = attention.Batch(meta, self.place)
-        return self._batch
+        return self._batches.of(meta)
 
     def build(
         self,
@@ -248,7 +250,8 @@ class CudaDevice(Device):
         else:
             return compose(self, spec, weights, cache, limits, reduce)
         if self.options["graphs"] and not spec.batch_invariant and reduce is None:
-            return CudaGraphedStage(stage, limits, self.place, self._decoding)
+            batches = self._decoding[limits.blocks_per_seq]  # their tables are as wide as that
+            return CudaGraphedStage(stage, limits, self.place, batches, self._capture)
         return stage
 
     def group(self, ranks: Sequence[int], rendezvous: Rendezvous) -> Collective:

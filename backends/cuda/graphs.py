@@ -33,18 +33,34 @@ WARM_UPS = 3
 CUDA graphs)."""
 
 
-def capture(work: Callable[[], Named]) -> tuple[Replayable, Named]:
-    """Capture ``work`` on the current card and return the graph and the arrays that it fills."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it without
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = work()
-    return graph, results
+class OnCard:
+    """Captures work on one card, whichever card the calling thread has as its current one.
+
+    torch's own capture stream belongs to the card that was current when the process first captured:
+    on another card nothing would be captured, and a replay would leave the first results standing.
+    Other threads may allocate and look at events meanwhile. Graphs share no memory: micro-batches
+    replay them in any order.
+    """
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place
+        self._side: Any = None
+
+    def __call__(self, work: Callable[[], Named]) -> tuple[Replayable, Named]:
+        """Return the graph of ``work`` and the arrays that it fills."""
+        with torch.cuda.device(self.place):
+            if self._side is None:
+                self._side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]  # torch leaves it without
+            current, side = torch.cuda.current_stream(self.place), self._side
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    work()
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                results = work()
+        return graph, results
 
 
 class DecodeBatch(Batch):
@@ -97,7 +113,7 @@ class CudaGraphedStage(GraphedStage):
         limits: Limits,
         place: torch.device,
         batches: dict[int, DecodeBatch],
-        capture: Capture = capture,
+        capture: Capture,
     ) -> None:
         found = partial(_batch_for, batches, limits.blocks_per_seq, place)
         super().__init__(inner, limits, found, capture, max(limits.tokens, 1))

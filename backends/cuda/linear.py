@@ -22,7 +22,7 @@ from step3_hetero.backends.cuda.kernels import numbers
 from step3_hetero.backends.cuda.launch import launch
 from step3_hetero.backends.cuda.rows import quantise_rows
 from step3_hetero.backends.torch_common.arrays import TORCH_DTYPE, to_torch
-from step3_hetero.backends.torch_common.weights import dense
+from step3_hetero.backends.torch_common.weights import dense, strips
 from step3_hetero.specs import FP8_BLOCK, HostTensor, OpSpec
 
 
@@ -60,13 +60,18 @@ class Integers:
         return self.codes.nbytes + self.scales.nbytes
 
     def fill(self, place: int | slice, tensor: HostTensor) -> None:
-        """Round one matrix, on the device: expert ``place`` of a stack, or some of the rows."""
-        wide = dense(tensor, torch.float32).to(self.codes.device)
-        codes, scales = quantise_rows(wide)
-        self.codes[place], self.scales[place] = codes, scales
-        found = codes.double() * scales.double()[:, None]
-        self.error += float((found - wide.double()).square().sum())
-        self.size += float(wide.double().square().sum())
+        """Round one matrix, on the device: expert ``place`` of a stack, or some of the rows.
+
+        Strip by strip: the float64 of a head's whole matrix would take four times its bfloat16.
+        """
+        held, held_scales = self.codes[place], self.scales[place]
+        for rows, strip in strips(tensor):
+            wide = strip.to(self.codes.device)
+            codes, scales = quantise_rows(wide)
+            held[rows], held_scales[rows] = codes, scales
+            found = codes.double() * scales.double()[:, None]
+            self.error += float((found - wide.double()).square().sum())
+            self.size += float(wide.double().square().sum())
 
 
 Stored = Codes | Integers | Tensor

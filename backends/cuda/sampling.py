@@ -19,9 +19,7 @@ def sample(
 
     torch's own sort and sums, in float64: a row of logits is read a few times either way.
     """
-    values = logits.double()
-    if banned >= 0:
-        values = values.index_fill(1, torch.tensor([banned], device=values.device), -torch.inf)
+    values = without(logits.double(), banned)
     greedy = values.argmax(-1)
     if logits.shape[0] == 0:
         return greedy.int()
@@ -35,6 +33,16 @@ def sample(
     possible = ((p > 0) & (number < kept)).sum(-1, keepdim=True)
     drawn = order.gather(1, torch.minimum(place, possible - 1))[:, 0]
     return torch.where(temperature == 0, greedy, drawn).int()
+
+
+def without(values: Tensor, banned: int) -> Tensor:
+    """Return ``values`` with one column at minus infinity; none where ``banned`` is negative.
+
+    Spelt so that the number goes to the card with a kernel: as an array it would be copied there,
+    and the host would wait for the copy.
+    """
+    place = torch.arange(values.shape[1], device=values.device)
+    return values.masked_fill(place == banned, -torch.inf)
 
 
 def _kept(p: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from step3_hetero.backends.cuda import attention, jobs, moe
 from step3_hetero.backends.cuda.configurations import Configuration, table, write
@@ -25,6 +27,9 @@ BLOCK_N, BLOCK_K, WARPS, STAGES = (32, 64, 128), (64, 128), (4, 8), (1, 2, 3, 4)
 blocks of columns divide the 128 that share a scale."""
 
 RUNS = 10
+
+DO_NOT_FIT = (CompilationError, OutOfResources, PTXASError)
+"""What Triton says of a candidate that a card cannot run; anything else ends the search."""
 
 ROWS_OF_TOKENS = jobs.EXPERTS // jobs.TOP_K
 """Tokens for one row an expert."""
@@ -60,7 +65,7 @@ def best(entry: Configuration, timer: Timer) -> tuple[Configuration, float]:
 
 
 def tune(path: Path, progress: Callable[[str], None]) -> None:
-    """Tune every entry of this machine's card and write the whole table to ``path``.
+    """Tune every entry of this machine's card; the whole table is in ``path`` after each of them.
 
     Raises:
         PlacementError: there is no card here.
@@ -70,17 +75,16 @@ def tune(path: Path, progress: Callable[[str], None]) -> None:
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
     newest = max(e.arch for e in table() if e.arch <= arch)
-    entries, times = [], {}
-    for entry in table():
-        found = entry
-        if entry.arch == newest and tuned(entry):
-            found, seconds = best(entry, _timer(entry, arch))
-            times[f"{entry.kernel} {entry.numbers} {entry.largest}"] = seconds
-            said = f"{entry.kernel} {entry.numbers} up to {entry.largest}"
-            progress(f"{said}: {seconds * 1e6:.1f} µs")
-        entries.append(found)
     card = torch.cuda.get_device_name()
-    write(path, entries, {"card": card, "torch": torch.__version__, "seconds": times})
+    entries, times = list(table()), {}
+    for place, entry in enumerate(entries):
+        if entry.arch != newest or not tuned(entry):
+            continue
+        entries[place], seconds = best(entry, _timer(entry, arch))
+        times[f"{entry.kernel} {entry.numbers} {entry.largest}"] = seconds
+        write(path, entries, {"card": card, "torch": torch.__version__, "seconds": times})
+        said = f"{entry.kernel} {entry.numbers} up to {entry.largest}"
+        progress(f"{said}: {seconds * 1e6:.1f} µs")
 
 
 def _timer(entry: Configuration, arch: int) -> Timer:
@@ -90,9 +94,7 @@ def _timer(entry: Configuration, arch: int) -> Timer:
     def timed(configuration: Configuration) -> float:
         try:
             return _median_s(lambda: work(configuration))
-        except Exception as error:  # Triton has its own of several kinds for what does not fit
-            if type(error).__name__ not in ("OutOfResources", "CompilationError"):
-                raise
+        except DO_NOT_FIT:
             return float("inf")
 
     return timed

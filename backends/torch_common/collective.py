@@ -7,6 +7,7 @@ HCCL, passes a ``Make`` of its own to ``join``.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -35,8 +36,14 @@ def gloo(store: Any, place: int, size: int, host: str, deadline: timedelta) -> A
     return dist.ProcessGroupGloo(store, place, size, options)
 
 
+NCCL_BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
+"""With it a wait holds the host and ends at the deadline. Without it a watchdog has the same
+deadline, and by default ends the process where a rank is gone (torch, ProcessGroupNCCL)."""
+
+
 def nccl(store: Any, place: int, size: int, host: str, deadline: timedelta) -> Any:
     """Return NCCL's process group, for backend cuda. Never run on hardware."""
+    os.environ.setdefault(NCCL_BLOCKING, "1")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = deadline
     return dist.ProcessGroupNCCL(store, place, size, options)

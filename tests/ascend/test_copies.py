@@ -15,7 +15,7 @@ from step3_hetero.errors import TransportTimeout
 class Pending:
     """An event that never comes."""
 
-    def record(self):
+    def record(self, stream):
         """Stay pending."""
 
     def query(self):
@@ -38,7 +38,7 @@ def test_a_buffer_is_not_written_before_its_last_piece_has_left(monkeypatch):
     queue = []
 
     class Late:
-        def record(self):
+        def record(self, stream):
             self.mine = len(queue)
 
         def query(self):
@@ -111,3 +111,26 @@ def test_an_edge_takes_a_large_array_out_and_in_by_pieces(device, dtype):
     landing.came(x.nbytes)
     (landed,) = landing.taken({"u": x}).values()
     np.testing.assert_array_equal(device.to_host(landed.there()), x)
+
+
+def test_a_copy_is_waited_for_on_the_device_that_holds_the_array(device, monkeypatch):
+    """The thread that starts it may have another device as its current one."""
+    asked, npu = [], driver.module()
+    monkeypatch.setattr(npu, "current_stream", lambda place=None: asked.append(place))
+    x = device.empty((4,), "float32")
+    device.copy_in(np.ones(4, np.float32), x)
+    device.copy_out(x, np.ones(4, np.float32))
+    staging, host = copies.Staging(64), torch.zeros(4)
+    staging.copy_in(host, x)
+    staging.copy_out(x, host)
+    assert asked == [device.device] * 4
+
+
+def test_a_copy_to_the_host_keeps_both_ends_until_it_is_waited_for(device):
+    x, host = device.empty((4,), "float32"), np.zeros(4, np.float32)
+    event = device.copy_out(x, host)
+    source, target = event.keep
+    assert source is x
+    assert target.data_ptr() == host.ctypes.data
+    event.wait(1.0)
+    assert event.keep is None

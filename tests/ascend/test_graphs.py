@@ -2,7 +2,9 @@
 
 import inspect
 import json
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,18 +143,68 @@ def test_runtime_without_graphs_is_told(backend, monkeypatch):
 
 def test_replay_that_does_not_end_is_told(monkeypatch):
     class Pending:
-        def record(self):
+        def record(self, stream):
             """Never pass."""
 
         def query(self):
             return False
 
-    graph = graphs.AclGraph(driver.module().NPUGraph())
+    graph = graphs.AclGraph(driver.module().NPUGraph(), torch.device("npu", 0))
     monkeypatch.setattr(driver.module(), "Event", Pending)
     monkeypatch.setattr(graphs, "REPLAY_S", 0.01)
     graph.replay()
     with pytest.raises(TransportTimeout, match=r"the end of a graph in 0\.01 s"):
         graph.update([1])
+
+
+class Second:
+    """torch.npu of a machine whose second device is not the current one; notes what it is asked."""
+
+    def __init__(self, said):
+        self.stream = driver.module().stream
+        self.current = 0
+        self.said = said
+        self.Stream = lambda place=None: self._stream("side", place)
+        self.current_stream = lambda place=None: self._stream("current", place)
+        self.Event = lambda: SimpleNamespace(record=lambda stream: said.append(("event", *stream)))
+        self.NPUGraph = lambda: SimpleNamespace(replay=lambda: None)
+
+    def _stream(self, name, place):
+        class Stream(tuple):
+            def wait_stream(self, other):
+                """Nothing is ever pending."""
+
+        return Stream((name, self.current if place is None else place.index))
+
+    @contextmanager
+    def device(self, place):
+        before, self.current = self.current, place.index
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph, *, stream, auto_dispatch_capture, capture_error_mode):
+        self.said.append(("capture", *stream, self.current, capture_error_mode))
+        yield
+
+
+def test_work_is_captured_and_waited_for_on_the_device_that_holds_it(monkeypatch):
+    said = []
+    npu = Second(said)
+    monkeypatch.setattr(driver, "module", lambda: npu)
+    graph, _ = graphs.OnCard(torch.device("npu", 1))(dict)
+    graph.replay()
+    assert said == [("capture", "side", 1, 1, "thread_local"), ("event", "current", 1)]
+    assert npu.current == 0
+
+
+def test_graphs_of_a_second_device_are_refused(backend, monkeypatch):
+    """torch_npu has one stream a process on which graphs are updated."""
+    monkeypatch.setattr(driver, "count", lambda: 2)
+    monkeypatch.setattr(graphs, "_updated", [0])
+    with pytest.raises(PlacementError, match="ascend:1 refused beside ascend:0"):
+        backend.open(1, {"graphs": True})
+    graphs.check_runtime(0)
 
 
 def captured(work, **options):
@@ -195,3 +247,14 @@ def test_stand_ins_runtime_has_the_vendors_parameters(name):
     for part in name.split("."):
         found = getattr(found, part)
     assert list(inspect.signature(found).parameters) == RUNTIME[name]
+
+
+def test_stages_of_other_widths_share_a_device(graphing):
+    """A captured batch's tables are as wide as its stage's limits say; a device has many stages."""
+    case = StageCase("attention", "bfloat16", "odd", 1, (1,), (130,))
+    inner = case.place(graphing, case.inputs(), "bfloat16").stages[0].inner
+    for blocks in (1, 4):
+        limits = Limits(tokens=4, seqs=4, blocks_per_seq=blocks)
+        stage = graphing.build(inner.spec, inner.w, inner.cache, limits)
+        stage.plan(meta([100 * blocks], np.arange(blocks, dtype=np.int32)[None]))
+        assert stage.inner.batch.tables.shape == (1, blocks)

@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,3 +226,25 @@ def test_tier_3_says_what_it_lacks_when_it_does_not_run():
         text=True, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "tier 3: not run: no C compiler (gcc)\n")
+
+
+def test_a_launch_goes_to_the_device_of_its_arrays(monkeypatch):
+    """Triton launches on the current device of the thread, which may be another."""
+    from step3_hetero.backends.ascend.kernels import attention as kernels
+
+    said = []
+
+    @contextmanager
+    def device(place):
+        said.append(f"current {place}")
+        yield
+        said.append("as before")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: said.append((grid, len(args), constants))
+
+    monkeypatch.setattr(kernels, "attend", Kernel())
+    monkeypatch.setattr(decode.driver, "module", lambda: SimpleNamespace(device=device))
+    decode._on_card("attend", [2, 1], (torch.ones(1).to("npu"), 5), {"TILE": 128})
+    assert said == ["current npu:0", ((2, 1), 2, {"TILE": 128}), "as before"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from step3_hetero.backends.cuda import jobs
 from step3_hetero.backends.cuda.cards import CARDS
 from step3_hetero.errors import ConfigError, PlacementError, UnsupportedOp
 from step3_hetero.registry import get_backend
@@ -182,3 +183,11 @@ def test_only_block_fp8_is_multiplied_as_stored():
     assert stays(ml_dtypes.float8_e4m3fn)
     assert not stays(ml_dtypes.float8_e4m3fn, "bfloat16")
     assert not stays(np.int8)
+
+
+def test_micro_batches_in_turn_are_placed_once_each(device):
+    metas = [jobs.decoding(1, 2, 128) for _ in range(4)]
+    first = [device.batch(meta) for meta in metas]
+    again = [device.batch(meta) for _layer in range(3) for meta in metas]
+    assert all(a is b for a, b in zip(again, first * 3, strict=True))
+    assert len({id(b) for b in first}) == 4

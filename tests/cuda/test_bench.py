@@ -5,9 +5,13 @@ arrays shows. Nothing here is a measurement.
 """
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -252,7 +256,7 @@ def test_library_that_does_not_import_is_told_with_its_reason(monkeypatch):
 
 def test_conformance_beyond_the_cap_leaves_no_certificate(monkeypatch, capsys):
     def slow(command, check, timeout):
-        assert "--full" in command
+        assert {"--full", "--workers", str(gpu.WORKERS)} <= set(command)
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(gpu.subprocess, "run", slow)
@@ -268,3 +272,24 @@ def test_without_a_card_it_says_so_and_writes_nothing(options, tmp_path, monkeyp
     assert done.exit_code == 0
     assert done.output.startswith("skipped: torch")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("target", "driver", "build"),
+    [("test-gpu", True, "2.13.0"), ("bench-gpu", True, "2.13.0"), ("test-gpu", False, "2.13.0+cpu"),
+     ("demo", True, "2.13.0+cpu")],
+)  # fmt: skip
+def test_make_installs_the_torch_that_the_machine_can_use(target, driver, build, tmp_path):
+    """The build without CUDA would say "skipped" on a machine full of cards."""
+    if driver:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    elif shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a driver")
+    done = subprocess.run(
+        ["make", "-n", target, f"VENV={tmp_path / 'venv'}", "TORCH=2.13.0"],
+        cwd=Path(gpu.__file__).parents[1], check=True, capture_output=True, text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert re.findall(r'install "torch==(\S+)"', done.stdout)[0] == build

@@ -150,3 +150,17 @@ def test_memory_for_the_host_is_page_locked_on_a_card_alone(card):
         card.said.clear()
         assert copies.pinned(10, place).nbytes == 10
         assert card.said == [said]
+
+
+def test_what_is_placed_is_no_longer_the_callers_even_if_that_is_page_locked(card):
+    """``pin_memory`` of page-locked memory is that memory, which the caller writes over."""
+
+    class Locked(torch.Tensor):
+        def pin_memory(self):
+            return self
+
+    x = torch.tensor([1.0, 2.0]).as_subclass(Locked)
+    there = copies.Copies(torch.device("cpu")).placed(x, torch.float32)
+    x.fill_(9.0)
+    assert there.tolist() == [1.0, 2.0]
+    assert card.said == ["page-locked"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from step3_hetero.backend import BatchMeta
+from step3_hetero.backends.cuda.device import CudaDevice
 from step3_hetero.backends.cuda.graphs import CudaGraphedStage
 from step3_hetero.backends.torch_common.graphs import bucket_of
 from step3_hetero.conformance.stages import StageCase
@@ -116,3 +117,17 @@ def test_replayed_step_is_looked_at_too():
     stage = CudaGraphedStage(inner, LIMITS, device.place, {}, pretend([]))
     with pytest.raises(UnsupportedOp, match="block 9999 is not in this cache"):
         stage.plan(meta([5], np.array([[0, 9999]], np.int32)))
+
+
+def test_stages_of_other_widths_share_a_device(device):
+    """A captured batch's tables are as wide as its stage's limits say; a device has many stages."""
+    card = object.__new__(CudaDevice)
+    card.__dict__.update(device.__dict__, options={**device.options, "graphs": True})
+    card._capture = pretend([])
+    for blocks in (1, 4):
+        case = StageCase("attention", "float32", "odd", 1, (1,), (100 * blocks,))
+        inner = case.place(device, case.inputs(), "float32").stages[0].inner
+        limits = Limits(tokens=4, seqs=4, blocks_per_seq=blocks)
+        stage = card._build(inner.spec, inner.w, inner.cache, limits)
+        stage.plan(meta([100 * blocks], np.arange(blocks, dtype=np.int32)[None]))
+        assert stage.inner.batch.tables.shape == (1, blocks)

@@ -1,6 +1,8 @@
 """Which library a device's group is over; groups at work: tests/afd/test_tp_collective.py."""
 
+import os
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
@@ -43,3 +45,23 @@ def test_torch_without_nccl_is_told(card, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(UnsupportedOp, match=r"built without NCCL: no group of ranks \[0, 1\]"):
         card.group([0, 1], MEETING)
+
+
+def test_a_wait_over_nccl_ends_at_its_deadline_and_no_watchdog_ends_the_process(monkeypatch):
+    """torch reads the variable as it makes the group; what the user has set stays."""
+    monkeypatch.delenv(collective.NCCL_BLOCKING, raising=False)
+    seen = []
+
+    class Library:
+        class Options:
+            pass
+
+        def __new__(cls, store, place, size, options):
+            seen.append((os.environ[collective.NCCL_BLOCKING], options._timeout))
+
+    monkeypatch.setattr(collective.dist, "ProcessGroupNCCL", Library, raising=False)
+    deadline = timedelta(seconds=3)
+    collective.nccl(None, 0, 2, "127.0.0.1", deadline)
+    monkeypatch.setenv(collective.NCCL_BLOCKING, "0")
+    collective.nccl(None, 0, 2, "127.0.0.1", deadline)
+    assert seen == [("1", deadline), ("0", deadline)]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from step3_hetero.backend import BatchMeta
 from step3_hetero.backends.cuda import attention, jobs, moe
@@ -10,6 +11,7 @@ from step3_hetero.backends.cuda.kernels import rows as row_kernels
 from step3_hetero.backends.cuda.launch import launch, recording
 from step3_hetero.backends.reference.quant import quantise_runs as definition
 from step3_hetero.backends.torch_common.arrays import to_torch
+from step3_hetero.backends.torch_common.weights import STRIP_ROWS, dense
 from step3_hetero.conformance.case import Case
 from step3_hetero.conformance.exam import examine
 from step3_hetero.conformance.forms import OpTrial
@@ -229,3 +231,52 @@ def test_kernels_of_a_card_are_started_without_asking_it_anything():
         assert len(jobs.jobs(arch)) > 70
     with recording(90), pytest.raises(RuntimeError, match="meta"):
         torch.empty(1, device="meta").item()
+
+
+class LargestMade(TorchDispatchMode):
+    """Notes the bytes of the largest array made in float64."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.nbytes = max(self.nbytes, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("stored", ["float32", FP8])
+def test_a_large_matrix_is_rounded_to_int8_in_strips(stored, device, rng):
+    """In one piece the head's 128,815 rows would take 7.4 GB of float64, several times over."""
+    data = rng.standard_normal((2 * STRIP_ROWS + 300, 8)).astype(stored)
+    scale = None if stored == "float32" else rng.random((19, 1)).astype(np.float32)
+    tensor = HostTensor("w", data, scale)
+    with LargestMade() as seen:
+        weights = device.prepare(
+            "linear", {"w": tensor}, OpSpec("linear", "bfloat16", weight_format="int8")
+        )
+    assert 0 < seen.nbytes <= STRIP_ROWS * 8 * 8
+    codes, scales = definition(dense(tensor, torch.float32).numpy(), "int8")
+    np.testing.assert_array_equal(weights.parts[0].codes.numpy(), codes)
+    np.testing.assert_array_equal(weights.parts[0].scales.numpy(), scales)
+
+
+def test_slots_beyond_two_to_the_31_elements_are_reached(device, rng, monkeypatch):
+    """A card of 80 GB holds such a cache; here its pages are taken where they are written."""
+    lazy = lambda shape, dtype, device: torch.from_numpy(np.zeros(shape, np.int8))  # noqa: E731  short
+    monkeypatch.setattr(attention.torch, "zeros", lazy)
+    far = 2**31 // (128 * 256) + 3
+    positions, ends = np.arange(130, dtype=np.int32), np.array([0, 130], np.int32)
+    q, k, v = (torch.from_numpy(rng.standard_normal((130, 1, 256)).astype(np.float32))
+               for _ in "qkv")  # fmt: skip
+    found = []
+    for first, blocks in ((far, far + 1), (0, 2)):
+        cache = device.open_cache(CacheSpec(1, 256, blocks, "int8"))
+        assert (cache.k.numel() > 2**31) == (first == far)
+        table = np.array([[first, 1]], np.int32)
+        slots = (table[0, positions // 128] * 128 + positions % 128).astype(np.int32)
+        batch = device.batch(BatchMeta(positions, slots, ends, ends[1:], table))
+        cache.write(k, v, batch)
+        found.append(device.kernel("attention")(q, cache, batch, scale=0.0625))
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0.01

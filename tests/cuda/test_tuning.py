@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from step3_hetero.backends.cuda import tuning
 from step3_hetero.backends.cuda.configurations import TABLE, configuration, read, table, write
@@ -97,3 +98,44 @@ def test_backend_without_kernels_to_tune_is_refused(tmp_path):
     done = CliRunner().invoke(cli, ["tune", "--backend", "cpu", "--out", str(tmp_path / "t.json")])
     assert isinstance(done.exception, ConfigError)
     assert "'cpu' has nothing to tune" in str(done.exception)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H800")
+
+
+def test_what_was_found_so_far_is_kept_when_the_search_is_broken_off(card, tmp_path, monkeypatch):
+    """The search takes most of an hour."""
+    path, said = tmp_path / "t.json", []
+
+    def timer(entry, arch):
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        return lambda one: 1.0 if one.num_stages == 4 else 2.0
+
+    monkeypatch.setattr(tuning, "_timer", timer)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(path, said.append)
+    found, before = read(path), read(TABLE)
+    assert len(found) == len(before)
+    changed = [i for i, (a, b) in enumerate(zip(found, before, strict=True)) if a != b]
+    assert len(changed) == len(said) == len(json.loads(path.read_text())["measured"]["seconds"])
+    assert all(found[i].num_stages == 4 for i in changed)
+
+
+@pytest.mark.parametrize("error", [OutOfResources(1, 0, "shared memory"), PTXASError("spilled")])
+def test_candidate_that_does_not_fit_is_passed_over(error, monkeypatch):
+    def work(entry, arch):
+        def call(configuration):
+            raise error
+
+        return call
+
+    monkeypatch.setattr(tuning, "_product", work)
+    assert tuning._timer(ENTRY, 90)(ENTRY) == float("inf")
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning._timer(ENTRY, 90)(ENTRY)

@@ -93,7 +93,7 @@ class _Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         """Take and ignore the flags of the vendor's event."""
 
-    def record(self, *_: Any) -> None:
+    def record(self, stream: Any = None) -> None:
         """Nothing is ever pending."""
 
     def query(self) -> bool:

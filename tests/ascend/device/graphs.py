@@ -44,6 +44,19 @@ def stream(stream: Stream) -> Iterator[None]:
     yield
 
 
+class device:
+    """Makes a device the current one, which the only one always is."""
+
+    def __init__(self, device: Any) -> None:
+        """Take and ignore the vendor's parameter."""
+
+    def __enter__(self) -> None:
+        """Change nothing."""
+
+    def __exit__(self, *exception: Any) -> None:
+        """Change nothing."""
+
+
 class _Record:
     """One call of a captured graph, and the arrays that it filled."""
 
@@ -157,6 +170,7 @@ MEMBERS: dict[str, Any] = {
     "NPUGraph": NPUGraph,
     "Stream": Stream,
     "current_stream": current_stream,
+    "device": device,
     "graph": graph,
     "stream": stream,
 }

@@ -26,9 +26,10 @@ DOCS = "torch_npu/_op_plugin_docs.py"
 
 RUNTIME = {
     "graphs.py": ("NPUGraph.replay", "NPUGraph.update", "graph.__init__"),
-    "streams.py": ("Stream.wait_stream",),
+    "streams.py": ("Event.record", "Stream.wait_stream"),
+    "utils.py": ("current_stream", "device.__init__"),
 }
-"""Methods under ``torch.npu`` that the backend calls in Python, by the file of torch_npu/npu."""
+"""What of ``torch.npu`` the backend calls in Python, by the file of torch_npu/npu."""
 
 OPS = (
     "get_npu_format",
@@ -82,12 +83,12 @@ def _signatures(listed: dict[str, Any], section: str) -> list[str]:
 
 
 def _parameters(source: str, name: str) -> list[str]:
-    """Return the parameters of a class's method."""
-    cls, _, method = name.partition(".")
-    [body] = [
-        n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == cls
-    ]
-    [found] = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == method]
+    """Return the parameters of a function, or of a class's method."""
+    body: list[ast.stmt] = ast.parse(source).body
+    for cls in name.split(".")[:-1]:
+        [body] = [n.body for n in body if isinstance(n, ast.ClassDef) and n.name == cls]
+    last = name.split(".")[-1]
+    [found] = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == last]
     return [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
 
 
