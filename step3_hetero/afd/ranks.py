@@ -11,7 +11,7 @@ from step3_hetero.afd.link import GONE, Link
 from step3_hetero.afd.messages import Kind, meta_arrays
 from step3_hetero.afd.remote import Connect
 from step3_hetero.backend import Array, BatchMeta, Collective, Device, Rendezvous, Stage
-from step3_hetero.errors import RoleLost
+from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.transport.base import CorruptFrame
 
@@ -127,11 +127,14 @@ class Ranks:
 
         Raises:
             RoleLost: the rank is gone, and the instance with it.
+            EdgeMismatch: it refuses what it was told, in its own words.
         """
         try:
-            link.receive(RANKS_S)
+            message = link.receive(RANKS_S)
         except (*GONE, CorruptFrame) as cause:
             raise RoleLost(f"{link.name} is gone, its instance begins anew: {cause}") from cause
+        if message.kind == Kind.REFUSED:
+            raise EdgeMismatch(str(message.said.get("why")))
 
     def run(self, stage: str, meta: BatchMeta, inputs: Mapping[str, Array]) -> None:
         """Have the other ranks run a stage of attention."""

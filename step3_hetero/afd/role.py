@@ -28,6 +28,7 @@ from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.program import KINDS, Program
 from step3_hetero.runtime.timeline import Timeline
+from step3_hetero.specs import Limits
 from step3_hetero.transport.base import CorruptFrame, FrameLimits, Listener, Transport
 
 FRONT_S = START_S
@@ -54,7 +55,7 @@ class RoleProcessSettings:
     contract: Contract
     transport: Transport
     limits: FrameLimits
-    tokens: int
+    batch: Limits
     deadline_s: float
     a2f: Wire
     f2a: Wire
@@ -176,7 +177,7 @@ def _serve_front(
     if settings.reduction is not None:
         _follow(settings, front, doorman, loaded, service, greet)
         return
-    worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.tokens, timeline, clock)
+    worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.batch.tokens, timeline, clock)
     worker.serve(front, doorman, greet, service.is_over)
 
 
@@ -191,7 +192,7 @@ def _follow(
     reduction = settings.reduction
     assert reduction is not None, "a rank that follows is one of several"
     leader = f"{settings.name}:{settings.number - reduction.rank}"
-    follower = Follower(*loaded, reduction, leader)
+    follower = Follower(*loaded, reduction, leader, settings.batch, settings.label)
     try:
         follower.serve(front, doorman, greet, service.is_over)
     finally:
