@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from step3_hetero.afd.link import GONE, Link
+from step3_hetero.afd.link import GONE, SEND_DEADLINE_S, Link
 from step3_hetero.afd.messages import Kind, meta_arrays
 from step3_hetero.afd.remote import Connect
 from step3_hetero.backend import Array, BatchMeta, Collective, Device, Rendezvous, Stage
@@ -15,9 +15,10 @@ from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.transport.base import CorruptFrame
 
-RANKS_S = 60.0
-"""How long one rank may be ahead of another: kernels are compiled at first use. One that died is
-seen at once, as its connections close; one that is silent is ended by the front before that."""
+RANKS_S = SEND_DEADLINE_S / 1.5
+"""How long one rank may be ahead of another: kernels are compiled at first use. Whoever sends to a
+rank that waits so long has more patience. One that died is seen at once, as its connections close;
+one that is silent is ended by the front before that."""
 
 HOST = "127.0.0.1"
 """Where ranks meet: cards of one machine."""

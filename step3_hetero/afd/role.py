@@ -14,6 +14,7 @@ from step3_hetero.afd.emulated import over
 from step3_hetero.afd.follower import Follower
 from step3_hetero.afd.greeting import say_hello, take_agreed
 from step3_hetero.afd.launcher import START_S
+from step3_hetero.afd.leaving import check_copies
 from step3_hetero.afd.link import SEND_DEADLINE_S, Heart, Link
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.ranks import LedStage, Ranks, Reduction
@@ -29,7 +30,13 @@ from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.program import KINDS, Program
 from step3_hetero.runtime.timeline import Timeline
 from step3_hetero.specs import Limits
-from step3_hetero.transport.base import CorruptFrame, FrameLimits, Listener, Transport
+from step3_hetero.transport.base import (
+    CopyFailed,
+    CorruptFrame,
+    FrameLimits,
+    Listener,
+    Transport,
+)
 
 FRONT_S = START_S
 """How long the front may take to come, and to ask for weights."""
@@ -107,7 +114,12 @@ def stand(
 ) -> None:
     """Load, then serve one front after another, until the drain is asked for.
 
-    A front that says nothing for two deadlines is given up: the way to it may be cut.
+    A front that says nothing for two deadlines is given up: the way to it may be cut. So is one
+    for which a copy between host and device failed: it comes again, and asks again for what was
+    under way.
+
+    Raises:
+        DeviceLost: a device copies nothing any more.
     """
     doorman = Doorman(settings.label, settings.contract, listener)
     try:
@@ -122,8 +134,11 @@ def stand(
             clock = StageClock()
             try:
                 _one_of_many(settings, front, doorman, loaded, drain, traced, clock)
-            except (EdgeMismatch, RoleLost, TransportTimeout, CorruptFrame) as cause:
+            except (EdgeMismatch, RoleLost, TransportTimeout, CorruptFrame, CopyFailed) as cause:
                 tell(said=f"a front is served no longer: {cause}")
+                if isinstance(cause, CopyFailed):
+                    for device in {stage.device for stage in loaded[0].values()}:
+                        check_copies(device)
             for entry in clock.only(settings.name, KINDS, settings.label).to_wire():
                 tell(pace=entry)
         tell(state="leaving")
