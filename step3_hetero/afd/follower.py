@@ -121,7 +121,7 @@ class Follower(Called):
     def _meet(self, link: Link, address: str, epoch: int) -> None:
         self._begin_anew()
         self._link = link
-        self._reduction.join(self._stages[self._last].device, address, epoch)
+        self._reduction.join(self._stages[self._last].device, address, epoch, [link])
 
     def _run(self, loaded: LoadedStage, batch: Underway, message: Message) -> None:
         takes = taken(loaded.node)

@@ -14,6 +14,7 @@ from step3_hetero.backend import Array, BatchMeta, Collective, Device, Rendezvou
 from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.transport.base import CorruptFrame
+from step3_hetero.transport.sockets import is_gone
 
 RANKS_S = SEND_DEADLINE_S / 1.5
 """How long one rank may be ahead of another: kernels are compiled at first use. Whoever sends to a
@@ -57,14 +58,16 @@ class Reduction:
             probe.bind((HOST, 0))
             return f"{HOST}:{probe.getsockname()[1]}"
 
-    def join(self, device: Device, address: str, epoch: int) -> None:
-        """Leave the group there was, if any, and form another.
+    def join(self, device: Device, address: str, epoch: int, links: Sequence[Link]) -> None:
+        """Leave the group there was, if any, and form another with those behind ``links``.
 
         Raises:
-            TransportTimeout: a rank did not come.
+            TransportTimeout: a rank did not come, or is gone.
         """
         self.leave()
-        meeting = Rendezvous(address, self.rank, epoch, RANKS_S)
+        meeting = Rendezvous(
+            address, self.rank, epoch, RANKS_S, lambda: any(is_gone(link) for link in links)
+        )
         self._group = device.group(range(self.size), meeting)
 
     def leave(self) -> None:
@@ -168,7 +171,7 @@ class Ranks:
     def _meet(self) -> None:
         address, epoch = self._reduction.next_meeting()
         self._tell(Kind.MEET, 0, {"address": address, "epoch": epoch})
-        self._reduction.join(self._device, address, epoch)
+        self._reduction.join(self._device, address, epoch, self.links)
         self.is_whole = True
 
     def _tell(self, kind: Kind, seq: int, said: Mapping[str, object] | None = None,

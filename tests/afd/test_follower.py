@@ -39,7 +39,7 @@ class Group(Reduction):
         super().__init__(1, 2)
         self.heard = []
 
-    def join(self, device, address, epoch):
+    def join(self, device, address, epoch, links):
         self.heard.append((address, epoch))
 
     def leave(self):
