@@ -139,15 +139,20 @@ def _instances(role: dict[str, Any]) -> str:
 
 
 def _print_crossing(report: dict[str, Any]) -> None:
+    over = report.get("transport")  # a plan's cards are devices
+    between = "devices" if over is None else "processes"
     if not report["crossing"]:
-        click.echo("no edge crosses between devices")
+        click.echo(f"no edge crosses between {between}")
         return
     rows = [
         (
             c["kind"], c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]),
-            c["members"], human_bytes(c["sent_bytes_per_token"]),
+            c["members"], human_bytes(c["sent_bytes_per_token"]), c["dtype"],
         )
         for c in report["crossing"]
     ]  # fmt: skip
-    header = ("edge", "from", "to", "edges", "bytes per token", "members", "sent per token")
-    print_table("edges between devices", header, rows)
+    header = (
+        "edge", "from", "to", "edges", "bytes per token", "members", "sent per token", "dtype"
+    )  # fmt: skip
+    how = "" if over is None else f", over {over}"
+    print_table(f"edges between {between}{how}", header, rows)
