@@ -75,6 +75,8 @@ class Called(ABC):
             return front.receive(1.0).kind != Kind.STOP
         except GONE:
             return False
+        except CorruptFrame:  # a sign of life; or the wish to stop, and the link's end comes next
+            return True
 
     def _from_caller(self, link: Link) -> bool:
         """Take one message; say whether the caller is still there."""
