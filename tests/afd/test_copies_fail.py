@@ -4,12 +4,13 @@ Roles are threads on emulated cards over tcp, so that a test decides which copy 
 """
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from step3_hetero import SamplingParams, load
-from step3_hetero.afd import leaving, local
+from step3_hetero.afd import leaving, link, local
 from step3_hetero.afd.drain import Drain
 from step3_hetero.afd.elsewhere import Threads
 from step3_hetero.afd.landing import Landed
@@ -22,6 +23,7 @@ from step3_hetero.errors import RoleLost, TransportTimeout
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.resolving import read_config
 from step3_hetero.transport.base import CopyFailed
+from step3_hetero.transport.tcp import STALL_S, TcpChannel
 
 pytest.importorskip("torch")
 
@@ -35,6 +37,17 @@ class Never(Event):
 
     def wait(self, deadline_s=None):
         raise TransportTimeout("the copy did not end")
+
+
+class Slow(Event):
+    """A copy that ends late, within what it may take."""
+
+    def __init__(self, event, seconds):
+        self._event, self._until = event, time.monotonic() + seconds
+
+    def wait(self, deadline_s=None):
+        time.sleep(max(0.0, self._until - time.monotonic()))
+        self._event.wait(deadline_s)
 
 
 class Standing(threading.Thread):
@@ -73,9 +86,9 @@ def standing(write_config, monkeypatch):
     waits_for_roles(monkeypatch, PATIENT_S)
     started = []
 
-    def start(name):
+    def start(name, deadline_s=5.0):
         emulated = {f"roles__{r}__emulate": {"card": card} for r, card in CARDS.items()}
-        keys = {**emulated, "transport__kind": "tcp", "transport__deadline_s": 5.0}
+        keys = {**emulated, "transport__kind": "tcp", "transport__deadline_s": deadline_s}
         role = Standing(read_config(write_config("role.yaml", **keys), {}), name)
         started.append(role)
         return write_config("front.yaml", **keys, **{f"roles__{name}__hosts": [role.address]}), role
@@ -104,8 +117,8 @@ def answers(config):
     return got.token_ids, [p.chosen for p in got.logprobs]
 
 
-def fails_once(monkeypatch, name, method):
-    """Let the third copy of a card's out of, or into, its memory fail; return what failed."""
+def changes_once(monkeypatch, name, method, changed):
+    """Change the end of the third copy of a card's out of, or into, its memory; return whose."""
     failed, calls, copy = [], [], getattr(EmulatedDevice, method)
 
     def copied(self, *arrays):
@@ -116,7 +129,7 @@ def fails_once(monkeypatch, name, method):
         if len(calls) != 3:
             return event
         failed.append(self.info.name)
-        return Never()
+        return changed(event)
 
     monkeypatch.setattr(EmulatedDevice, method, copied)
     return failed
@@ -129,11 +142,33 @@ def test_a_copy_that_fails_costs_what_is_under_way_and_not_the_role(
 ):
     config, role = standing(name)
     want = answers(config)
-    failed = fails_once(monkeypatch, name, method)
+    failed = changes_once(monkeypatch, name, method, lambda event: Never())
     assert answers(config) == want
     assert len(failed) == 1
     assert any("is served no longer" in said and "did not copy" in said for said in role.said)
     assert answers(config) == want
+    assert role.is_alive() and role.error is None
+
+
+@pytest.mark.parametrize("name", ["a", "f"])
+def test_a_piece_that_comes_late_within_its_frame_costs_a_link_and_no_role(
+    standing, monkeypatch, name
+):
+    monkeypatch.setattr(link, "PIECE_BYTES", 256)  # a frame begins with its first piece
+    config, role = standing(name, 1.0)
+    want, receive, stalled = answers(config), TcpChannel.receive, []
+
+    def received(self, deadline_s):
+        try:
+            return receive(self, deadline_s)
+        except RoleLost as lost:
+            stalled.extend(["stalled within a frame"] * ("stalled" in str(lost)))
+            raise
+
+    monkeypatch.setattr(TcpChannel, "receive", received)
+    late = changes_once(monkeypatch, name, "copy_out", lambda event: Slow(event, 2 * STALL_S))
+    assert answers(config) == want
+    assert len(late) == len(stalled) == 1 and role.said == []
     assert role.is_alive() and role.error is None
 
 
