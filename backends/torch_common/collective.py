@@ -29,6 +29,9 @@ POLL_S = 0.02
 """How often is looked whether the other ranks have come. Who waited inside the library could not be
 called off."""
 
+MEET_S = 10.0
+"""How long gloo's own meeting may take, of ranks that are all there: milliseconds as a rule."""
+
 KNOCK_S = 1.0
 """How long one try to reach the first rank may take."""
 
@@ -40,8 +43,10 @@ def gloo(store: Any, place: int, size: int, host: str, deadline: timedelta) -> A
     """Return gloo's process group; it listens where the rendezvous does, loopback as a rule."""
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(host))]
-    options._timeout = deadline
-    return dist.ProcessGroupGloo(store, place, size, options)
+    options._timeout = min(deadline, timedelta(seconds=MEET_S))
+    group = dist.ProcessGroupGloo(store, place, size, options)
+    group._set_default_timeout(deadline)
+    return group
 
 
 def nccl(store: Any, place: int, size: int, host: str, deadline: timedelta) -> Any:

@@ -2,8 +2,10 @@
 
 import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from afd.collective_ranks import free_address
 
@@ -20,6 +22,7 @@ from step3_hetero.specs import Limits
 from step3_hetero.transport.registry import get_transport
 
 pytest.importorskip("torch")
+collective = pytest.importorskip("step3_hetero.backends.torch_common.collective")
 
 STAGE = build_graph(step3(), dtype="float32").by_name["attention[0]"]
 FRAME = limits(1 << 16)
@@ -112,6 +115,44 @@ def lists(address):
     """Be a rank 0 that listens and waits, for three seconds, for a rank that never comes."""
     with pytest.raises(TransportTimeout):
         get_backend("cpu").open(0).group([0, 7], Rendezvous(address, 0, 9, 3.0))
+
+
+def test_a_rank_that_came_and_died_is_waited_for_no_longer_than_a_meeting_takes(
+    device, monkeypatch
+):
+    monkeypatch.setattr(collective, "MEET_S", 1.0)
+    address = free_address()
+    host, port = address.split(":")
+
+    def come_and_die():
+        deadline = timedelta(seconds=RANKS_S)
+        store = collective.dist.TCPStore(host, int(port), timeout=deadline, wait_for_workers=False)
+        collective.dist.PrefixStore("epoch 1", store).set("here 1", b"")
+
+    comes = threading.Timer(0.5, come_and_die)
+    comes.start()
+    start = time.monotonic()
+    with pytest.raises(TransportTimeout, match=r"ranks \[0, 1\] did not all come"):
+        device.group([0, 1], Rendezvous(address, 0, 1, RANKS_S))
+    assert time.monotonic() - start < SOON_S
+    comes.join()
+
+
+def test_ranks_that_met_may_be_apart_for_longer_than_a_meeting_takes(device, monkeypatch):
+    monkeypatch.setattr(collective, "MEET_S", 1.0)
+    address, sums = free_address(), []
+
+    def add(rank, late_s):
+        group = device.group([0, 1], Rendezvous(address, rank, 1, RANKS_S))
+        time.sleep(late_s)
+        sums.append(float(group.all_reduce(device.from_host(np.ones(1, np.float32)))))
+
+    ranks = [threading.Thread(target=add, args=(rank, 2.5 * rank)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sums == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
