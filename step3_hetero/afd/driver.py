@@ -136,11 +136,11 @@ class Driver:
         except CorruptFrame:
             front.post(Kind.AGAIN, said={"heard": self._heard})
             return True
+        if message.kind == Kind.STOP:
+            return False
         if message.epoch not in (0, next_number(self._heard)):
             return True
         self._heard = message.epoch or self._heard
-        if message.kind == Kind.STOP:
-            return False
         if message.kind == Kind.PEERS:
             with said_by("the front"):
                 peers = peers_of(message.said, self._called)

@@ -40,7 +40,10 @@ def check_copies(device: Device) -> None:
     Raises:
         DeviceLost: they did not come back as they were.
     """
-    name, word = device.info.name, np.frombuffer(secrets.token_bytes(WORD_BYTES), np.int32)
+    name, word = (
+        device.info.name,
+        np.frombuffer(bytearray(secrets.token_bytes(WORD_BYTES)), np.int32),
+    )
     came = device.host_buffer(WORD_BYTES)[:WORD_BYTES].view(np.int32)
     try:
         there = device.empty(word.shape, "int32")

@@ -75,7 +75,7 @@ class Called(ABC):
             return front.receive(1.0).kind != Kind.STOP
         except GONE:
             return False
-        except CorruptFrame:  # a sign of life; or the wish to stop, and the link's end comes next
+        except CorruptFrame:  # a sign of life; or the wish to stop: the front sees to our end, too
             return True
 
     def _from_caller(self, link: Link) -> bool:

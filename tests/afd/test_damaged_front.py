@@ -79,6 +79,13 @@ def test_signs_of_life_have_no_number_and_numbers_begin_again():
     assert program.keys == [MOST_EPOCH, 1]
 
 
+def test_the_wish_to_stop_is_heard_whatever_was_damaged_before():
+    front = Front(DAMAGED, Message(Kind.STOP, 9, 0, {}, {}))
+    driver = Driver(Heard(), [], {"embed": "a"}, {}, Wire(), Wire())
+    assert driver._from_front(front)
+    assert not driver._from_front(front)
+
+
 def test_a_worker_outlives_a_damaged_frame_of_the_front():
     worker = Worker({}, Wire(), Wire(), 8)
     assert worker._from_front(Front(DAMAGED))
