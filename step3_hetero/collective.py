@@ -16,19 +16,26 @@ Reduce = Callable[[Array], Array]
 """Returns the sum of every rank's array, the same bits on each: ``Collective.all_reduce``."""
 
 
+def never() -> bool:
+    """Return False: nobody is known to be gone."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
     """Where the ranks of one group meet.
 
     ``rank`` is the number of this process among all. The first of a group's ranks listens at
     ``address``, host:port, the others come there. ``epoch`` tells one life of the group from the
-    next: ranks of another epoch never meet. Nothing waits longer than ``deadline_s``.
+    next: ranks of another epoch never meet. Nothing waits longer than ``deadline_s``, nor for ranks
+    to come once ``is_off``, asked meanwhile, says that one of them will not.
     """
 
     address: str
     rank: int
     epoch: int
     deadline_s: float
+    is_off: Callable[[], bool] = never
 
 
 class Collective(ABC):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -24,6 +26,16 @@ from step3_hetero.errors import PlacementError, TransportTimeout, UnsupportedOp
 dist: Any = torch.distributed
 """Untyped: its stubs do not export what it exports."""
 
+POLL_S = 0.02
+"""How often is looked whether the other ranks have come. Who waited inside the library could not be
+called off."""
+
+MEET_S = 10.0
+"""How long gloo's own meeting may take, of ranks that are all there: milliseconds as a rule."""
+
+KNOCK_S = 1.0
+"""How long one try to reach the first rank may take."""
+
 Make = Callable[[Any, int, int, str, timedelta], Any]
 """Makes a process group: store, this rank's place, size, host of the rendezvous, deadline."""
 
@@ -32,8 +44,10 @@ def gloo(store: Any, place: int, size: int, host: str, deadline: timedelta) -> A
     """Return gloo's process group; it listens where the rendezvous does, loopback as a rule."""
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(host))]
-    options._timeout = deadline
-    return dist.ProcessGroupGloo(store, place, size, options)
+    options._timeout = min(deadline, timedelta(seconds=MEET_S))
+    group = dist.ProcessGroupGloo(store, place, size, options)
+    group._set_default_timeout(deadline)
+    return group
 
 
 NCCL_BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
@@ -54,7 +68,7 @@ def join(ranks: Sequence[int], meeting: Rendezvous, make: Make = gloo) -> TorchC
 
     Raises:
         PlacementError: this rank is none of ``ranks``, or they are named twice.
-        TransportTimeout: another rank did not come within the deadline.
+        TransportTimeout: another rank did not come within the deadline, or is gone.
     """
     if meeting.rank not in ranks or len(set(ranks)) != len(ranks):
         raise PlacementError(f"rank {meeting.rank} in a group of ranks {list(ranks)}: no such one")
@@ -63,8 +77,11 @@ def join(ranks: Sequence[int], meeting: Rendezvous, make: Make = gloo) -> TorchC
     try:
         if place == 0:
             _server(host, int(port))
+        tries = _tries(meeting)
+        _knock(host, int(port), tries)
         store = dist.TCPStore(host, int(port), timeout=deadline, wait_for_workers=False)
         own = dist.PrefixStore(f"epoch {meeting.epoch}", store)
+        _await_all(own, place, len(ranks), tries)
         group = make(own, place, len(ranks), host, deadline)
     except (RuntimeError, OSError) as cause:
         raise TransportTimeout(
@@ -72,6 +89,38 @@ def join(ranks: Sequence[int], meeting: Rendezvous, make: Make = gloo) -> TorchC
             f"within {meeting.deadline_s:g} s: {_first_line(cause)}"
         ) from cause
     return TorchCollective(tuple(ranks), place, meeting, group)
+
+
+def _tries(meeting: Rendezvous) -> Iterator[None]:
+    """Yield again and again, as long as the others may still come.
+
+    Raises:
+        OSError: one of them is gone, or the deadline has passed.
+    """
+    until = time.monotonic() + meeting.deadline_s
+    while True:
+        yield
+        if meeting.is_off():
+            raise ConnectionError("one of them is gone")
+        if time.monotonic() > until:
+            raise TimeoutError("nobody else comes")
+        time.sleep(POLL_S)
+
+
+def _knock(host: str, port: int, tries: Iterator[None]) -> None:
+    """Return once the first rank listens: torch's own client prints every try that fails."""
+    for _ in tries:
+        with suppress(OSError):
+            socket.create_connection((host, port), KNOCK_S).close()
+            return
+
+
+def _await_all(store: Any, place: int, size: int, tries: Iterator[None]) -> None:
+    """Return once all ranks have come to the store: what is left of their meeting is short."""
+    store.set(f"here {place}", b"")
+    for _ in tries:
+        if store.check([f"here {i}" for i in range(size)]):
+            return
 
 
 class TorchCollective(Collective):

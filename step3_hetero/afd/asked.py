@@ -1,4 +1,4 @@
-"""What a worker's stage may be asked to run on, and may answer: its own tensors, as they are.
+"""What a stage may be asked to run on, and may answer: its own tensors, as they are.
 
 A caller of another build, or one that is broken, costs itself the call and nobody else anything.
 """
@@ -7,10 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from step3_hetero.afd.wire import SCALED, Wire
+from step3_hetero.backend import BatchMeta
 from step3_hetero.errors import EdgeMismatch
 from step3_hetero.graph import GraphStage
-from step3_hetero.specs import FP8_BLOCK, FfnSpec, HostArray, TensorSpec, VisionSpec
+from step3_hetero.specs import (
+    FP8_BLOCK,
+    LOGICAL_BLOCK,
+    FfnSpec,
+    HostArray,
+    Limits,
+    TensorSpec,
+    VisionSpec,
+)
 
 
 def taken(node: GraphStage) -> dict[str, TensorSpec]:
@@ -91,6 +102,48 @@ def check_answer(
         lengths = {name: len(arrays[name]) for name in ours if name in arrays}
         if set(lengths.values()) != {len(x) if tokens is None else tokens}:
             raise EdgeMismatch(f"{node.name}: rows {lengths} answered; asked for {tokens}")
+
+
+def check_meta(meta: BatchMeta, limits: Limits, blocks: int) -> None:
+    """Hold where a micro-batch's tokens are said to stand against a cache of ``blocks`` blocks.
+
+    Stages write to, and read from, these places without looking again.
+
+    Raises:
+        EdgeMismatch: an array has another shape or dtype than `BatchMeta` says, or a number that
+            is no place.
+    """
+    seqs, tables = meta.context_lens.size, meta.block_tables
+    width = tables.shape[1] if tables.ndim == 2 else 0
+    longest = limits.blocks_per_seq * LOGICAL_BLOCK
+    _check_indices("positions", meta.positions, (None,), 0, longest - 1)
+    _check_indices("slots", meta.slots, meta.positions.shape, -1, blocks * LOGICAL_BLOCK - 1)
+    _check_indices("query_starts", meta.query_starts, (seqs + 1,), 0, meta.tokens)
+    _check_indices("block_tables", tables, (seqs, None), 0, blocks - 1)
+    _check_indices("context_lens", meta.context_lens, (None,), 0, width * LOGICAL_BLOCK)
+    starts = meta.query_starts
+    if starts[0] != 0 or (np.diff(starts) < 0).any():
+        raise EdgeMismatch(f"query_starts {starts} refused; allowed: from 0, none below the last")
+    most = (limits.tokens, limits.seqs, limits.blocks_per_seq)
+    if any(n > allowed for n, allowed in zip((meta.tokens, seqs, width), most, strict=True)):
+        raise EdgeMismatch(
+            f"{meta.tokens} tokens of {seqs} sequences of {width} blocks refused; allowed: to "
+            f"{most[0]}, {most[1]} and {most[2]}"
+        )
+
+
+def _check_indices(
+    name: str, x: HostArray, shape: tuple[int | None, ...], least: int, most: int
+) -> None:
+    """Refuse what is no int32 array of ``shape`` (None: any length) from ``least`` to ``most``."""
+    fits = x.ndim == len(shape) and all(w in (None, n) for n, w in zip(x.shape, shape, strict=True))
+    if not fits or x.dtype != np.int32:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise EdgeMismatch(f"{name} {x.dtype} {x.shape} refused; allowed: int32 ({wanted})")
+    if x.size and not least <= int(x.min()) <= int(x.max()) <= most:
+        raise EdgeMismatch(
+            f"{name} from {x.min()} to {x.max()} refused; allowed: from {least} to {most}"
+        )
 
 
 def _check(stage: str, name: str, x: HostArray, dtypes: Sequence[str], width: int) -> None:

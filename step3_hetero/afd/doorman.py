@@ -156,6 +156,8 @@ class Doorman:
         contract, now = dict(self._contract), time.monotonic()
         agreed = {"contract": contract, "name": self._label, "now": now}
         with self._changed:
+            if self._is_closed:
+                raise self._refused(link, "is ending", busy=True)
             if link.name == FRONT:
                 if self._has_front:
                     raise self._refused(link, "serves another front", busy=True)

@@ -15,6 +15,7 @@ from step3_hetero.afd.link import Link, Message, ready
 from step3_hetero.afd.messages import (
     Kind,
     batch_of,
+    next_number,
     number_of,
     pairs_of,
     peers_of,
@@ -35,6 +36,7 @@ from step3_hetero.runtime.microbatch import BatchResult
 from step3_hetero.runtime.paces import ROUND_TRIP
 from step3_hetero.runtime.program import KINDS, Call, Pass, Program
 from step3_hetero.runtime.timeline import SEND, TAKE, spans_of
+from step3_hetero.transport.base import CopyFailed, CorruptFrame
 
 TICK_S = 0.05
 """How often silence is looked for while nothing comes."""
@@ -95,6 +97,7 @@ class Driver:
         self._numbers = itertools.count(1)
         self._members = StageClock()
         self._told_s = 0.0
+        self._heard = 0
 
     def serve(self, front: Link, is_over: IsOver) -> None:
         """Serve until the front says stop or is gone, or ``is_over`` says so."""
@@ -121,13 +124,23 @@ class Driver:
         return found
 
     def _from_front(self, front: Link) -> bool:
-        """Read one message of the front; say whether to go on."""
+        """Read one message of the front; say whether to go on.
+
+        Behind a frame that came damaged all is asked for again, and what comes meanwhile skipped:
+        blocks are copied, and batches run, in the order in which the front says so.
+        """
         try:
             message = front.receive(1.0)
         except (RoleLost, TransportTimeout):
             return False
+        except CorruptFrame:
+            front.post(Kind.AGAIN, said={"heard": self._heard})
+            return True
         if message.kind == Kind.STOP:
             return False
+        if message.epoch not in (0, next_number(self._heard)):
+            return True
+        self._heard = message.epoch or self._heard
         if message.kind == Kind.PEERS:
             with said_by("the front"):
                 peers = peers_of(message.said, self._called)
@@ -172,6 +185,8 @@ class Driver:
         try:
             if (answer := remote.read(link)) is not None:
                 self._take_answer(remote, link, answer, start)
+        except CopyFailed:  # our own device's: no other set is given these arrays
+            raise
         except Step3HeteroError as error:
             front.post(Kind.FAILED, said={"why": f"{link.name}: {error}"})
 
@@ -236,6 +251,8 @@ class Driver:
                 gives,
                 [p.landed for p in parts],
             )
+        except CopyFailed:
+            raise
         except Step3HeteroError as error:
             front.post(Kind.FAILED, said={"why": f"{waiting.call.node.name}: {error}"})
             return

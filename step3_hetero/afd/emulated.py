@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 
+from step3_hetero.afd.link import SEND_DEADLINE_S
 from step3_hetero.emulate.delay import MOST_WAITING, Delay
 from step3_hetero.emulate.link import Link
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
@@ -21,11 +22,11 @@ from step3_hetero.transport.framing import nbytes
 TICK_S = 0.2
 """How often the thread that receives looks whether the channel has been closed."""
 
+SEND_S = SEND_DEADLINE_S
+"""How long the peer may take nothing while a frame that is due leaves."""
+
 FLUSH_S = 1.0
 """How long what was sent before a channel is closed may take to leave."""
-
-SEND_S = 30.0
-"""How long the peer may take nothing while a frame that is due leaves."""
 
 Came = Frame | Step3HeteroError
 

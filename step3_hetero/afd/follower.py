@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from step3_hetero.afd.asked import taken
-from step3_hetero.afd.link import Link, Message
+from step3_hetero.afd.asked import check_meta, taken
+from step3_hetero.afd.link import GONE, Link, Message
 from step3_hetero.afd.messages import Kind, meta_of, pairs_of, whole_of
 from step3_hetero.afd.ranks import Reduction
 from step3_hetero.afd.wire import Wire
-from step3_hetero.afd.worker import Called
+from step3_hetero.afd.worker import MOST_WHY, Called
 from step3_hetero.backend import BatchMeta, KVCache
 from step3_hetero.composed import copied
 from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.executor import LoadedStage
-from step3_hetero.specs import HostArray
+from step3_hetero.specs import HostArray, Limits
 from step3_hetero.transport.base import CorruptFrame
 
 
@@ -42,8 +43,13 @@ class Follower(Called):
         caches: Sequence[KVCache],
         reduction: Reduction,
         leader: str,
+        limits: Limits,
+        label: str,
     ) -> None:
-        """``leader`` is rank 0's name: nobody else is listened to."""
+        """``leader`` is rank 0's name: nobody else is listened to. ``label`` is our own."""
+        self._label = label
+        self._limits = limits
+        self._blocks = min(cache.spec.blocks for cache in caches)
         self._stages = stages
         self._caches = caches
         self._reduction = reduction
@@ -77,7 +83,10 @@ class Follower(Called):
         try:
             work = self._asked(link, link.receive(1.0))
         except (CorruptFrame, EdgeMismatch, KeyError, TypeError, ValueError) as cause:
-            raise RoleLost(f"{link.name} said what cannot be: {cause}") from cause
+            why = f"{self._label} refuses what {link.name} says: {cause}"
+            with suppress(*GONE):
+                link.send(Kind.REFUSED, said={"why": why[:MOST_WHY]})
+            raise RoleLost(why) from cause
         work()
 
     def _asked(self, link: Link, message: Message) -> Callable[[], None]:
@@ -99,20 +108,20 @@ class Follower(Called):
             )
         if message.kind == Kind.BATCH:
             started = Underway(meta_of(message.arrays))
+            check_meta(started.meta, self._limits, self._blocks)
             return partial(self._underway.__setitem__, message.seq, started)
         if message.kind == Kind.CALL:
             loaded, batch = self._stages[said["stage"]], self._underway[message.seq]
             _check(loaded, batch, message.arrays)
             return partial(self._run, loaded, batch, message)
         if message.kind == Kind.COPY:
-            blocks = min(cache.spec.blocks for cache in self._caches)
-            return partial(self._copy, pairs_of(said, blocks))
+            return partial(self._copy, pairs_of(said, self._blocks))
         raise EdgeMismatch(f"a message of kind {message.kind}")
 
     def _meet(self, link: Link, address: str, epoch: int) -> None:
         self._begin_anew()
         self._link = link
-        self._reduction.join(self._stages[self._last].device, address, epoch)
+        self._reduction.join(self._stages[self._last].device, address, epoch, [link])
 
     def _run(self, loaded: LoadedStage, batch: Underway, message: Message) -> None:
         takes = taken(loaded.node)

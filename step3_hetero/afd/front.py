@@ -210,6 +210,9 @@ class ProcessExecutor(Executor):
                 self._ready(seat)
             case Kind.RESULT:
                 self._land(seat, link, message)
+            case Kind.AGAIN:
+                with said_by(seat.member.name):
+                    seat.told_again(whole_of(message.said, "heard"))
             case Kind.LEAVING:
                 seat.said_it_leaves = True
                 seat.moves(State.LEAVING)
@@ -260,6 +263,7 @@ class ProcessExecutor(Executor):
 
     def _land(self, seat: Seat, link: Link, message: Message) -> None:
         seat.deaths = 0
+        seat.sent.heard(message.seq)
         for other in self._seats:
             if not other.member.leads and other.is_ready:
                 other.deaths = 0

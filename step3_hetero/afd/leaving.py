@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -15,8 +16,38 @@ from step3_hetero.errors import Step3HeteroError
 from step3_hetero.specs import HostArray
 from step3_hetero.transport.base import PIECE_BYTES, CopyFailed
 
+WORD_BYTES = 256
+
+WORD_S = 10.0
+"""How long a device may take to copy a few bytes that wait for nothing."""
+
 COPY_S = 60.0
 """How long a piece may take, with the kernels before it: a prompt's whole step takes seconds."""
+
+
+class DeviceLost(Step3HeteroError):
+    """A device copies nothing any more: whoever stands on it cannot go on."""
+
+
+def check_copies(device: Device) -> None:
+    """Copy a few bytes, others each time, to a device and back.
+
+    Raises:
+        DeviceLost: they did not come back as they were.
+    """
+    name, word = (
+        device.info.name,
+        np.frombuffer(bytearray(secrets.token_bytes(WORD_BYTES)), np.int32),
+    )
+    came = device.host_buffer(WORD_BYTES)[:WORD_BYTES].view(np.int32)
+    try:
+        there = device.empty(word.shape, "int32")
+        device.copy_in(word, there).wait(WORD_S)
+        device.copy_out(there, came).wait(WORD_S)
+    except (Step3HeteroError, RuntimeError) as cause:  # torch's are RuntimeErrors
+        raise DeviceLost(f"{name} is gone, it copies nothing any more: {cause}") from cause
+    if not np.array_equal(came, word):
+        raise DeviceLost(f"{name} is gone: what it copies is not what it was given")
 
 
 def is_apart(device: Device) -> bool:
@@ -44,7 +75,8 @@ class Leaving(dict[str, HostArray]):
     """Arrays on the host by name, in the order in which they travel.
 
     Those larger than a piece may be incomplete until ``ready``, or ``wait``, has returned: their
-    copies go on meanwhile, and what they are copied from must stay as it is.
+    copies go on meanwhile, and what they are copied from must stay as it is. Once a piece has
+    failed the whole has: what a late copy brings is not what was to be sent.
     """
 
     def __init__(self, device: Device) -> None:
@@ -54,6 +86,7 @@ class Leaving(dict[str, HostArray]):
         self._nbytes = 0
         self._started: deque[tuple[int, Event]] = deque()  # where a piece begins, and its end
         self._waiting = threading.Lock()
+        self._failed = ""
 
     def add(self, name: str, x: Array, dtype: str) -> None:
         """Fetch an array of the device, which has this dtype; start to, if it is large."""
@@ -78,11 +111,14 @@ class Leaving(dict[str, HostArray]):
         """
         with self._waiting:
             while self._started and self._started[0][0] < nbytes:
+                if self._failed:
+                    raise CopyFailed(self._failed)
                 try:
                     self._started[0][1].wait(COPY_S)
                 except (Step3HeteroError, RuntimeError) as cause:  # torch's are RuntimeErrors
                     name = self._device.info.name
-                    raise CopyFailed(f"{name} did not copy what is to be sent: {cause}") from cause
+                    self._failed = f"{name} did not copy what is to be sent: {cause}"
+                    raise CopyFailed(self._failed) from cause
                 self._started.popleft()
 
     def wait(self) -> None:

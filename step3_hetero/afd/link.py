@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from step3_hetero.afd.landing import Landed, Landing
-from step3_hetero.afd.leaving import is_apart
+from step3_hetero.afd.leaving import COPY_S, is_apart
 from step3_hetero.afd.messages import Kind, Said
 from step3_hetero.afd.outbox import Outbox
 from step3_hetero.afd.parcel import parcel, unpacked
@@ -30,9 +30,9 @@ LENT = (Kind.CALL, Kind.ANSWER)
 """Their arrays go to a device, which copies them, as soon as they are read: they are not copied
 before. Until then they hold up the peer, and are right for as long as they live."""
 
-SEND_DEADLINE_S = 30.0
-"""A peer that computes reads nothing meanwhile, and sends signs of life from a thread; see `Vigil`
-for one that sends none."""
+SEND_DEADLINE_S = 1.5 * COPY_S
+"""A peer that computes, or waits for a copy or for other ranks, reads nothing meanwhile: this is
+more than it may take. It sends signs of life from a thread; see `Vigil` for one that sends none."""
 
 UNREAD_S = 0.1
 """Silence shorter than this is not looked into."""

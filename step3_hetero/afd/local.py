@@ -256,7 +256,7 @@ def _settings(
         contract=contract(resolved, ablate),
         transport=transport_of(config),
         limits=frame_limits(resolved),
-        tokens=placement.limits.tokens,
+        batch=placement.limits,
         deadline_s=config.transport.deadline_s,
         a2f=Wire.of(config.transport.a2f_dtype),
         f2a=Wire.of(config.transport.f2a_dtype),

@@ -27,6 +27,15 @@ MOST_NUMBER = 1 << 63
 """Beyond it JSON says numbers that no array and no float holds."""
 
 
+MOST_EPOCH = (1 << 32) - 1
+"""A frame's epoch has 32 bits."""
+
+
+def next_number(number: int) -> int:
+    """Return the epoch of what follows message ``number`` of a front: from 1, and again from 1."""
+    return number % MOST_EPOCH + 1
+
+
 def total_bytes(arrays: Mapping[str, HostArray]) -> int:
     """Return the bytes of all arrays together."""
     return sum(x.nbytes for x in arrays.values())
@@ -142,7 +151,8 @@ class Kind(IntEnum):
     STOP = 15
     """The front: finish what is under way and end."""
     AGAIN = 17
-    """A role that answers calls: a frame came damaged; send again what is not answered yet."""
+    """A frame came damaged. A role that answers calls: send again what is not answered yet.
+    Attention to the front: what followed the message that it names."""
     LOST = 18
     """Attention to the front: an instance of another role is gone, or gives no sign of life."""
     LEAVING = 19

@@ -7,17 +7,19 @@ import socket
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from step3_hetero.afd.link import GONE, Link
+from step3_hetero.afd.link import GONE, SEND_DEADLINE_S, Link
 from step3_hetero.afd.messages import Kind, meta_arrays
 from step3_hetero.afd.remote import Connect
 from step3_hetero.backend import Array, BatchMeta, Collective, Device, Rendezvous, Stage
-from step3_hetero.errors import RoleLost
+from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.transport.base import CorruptFrame
+from step3_hetero.transport.sockets import is_gone
 
-RANKS_S = 60.0
-"""How long one rank may be ahead of another: kernels are compiled at first use. One that died is
-seen at once, as its connections close; one that is silent is ended by the front before that."""
+RANKS_S = SEND_DEADLINE_S / 1.5
+"""How long one rank may be ahead of another: kernels are compiled at first use. Whoever sends to a
+rank that waits so long has more patience. One that died is seen at once, as its connections close;
+one that is silent is ended by the front before that."""
 
 HOST = "127.0.0.1"
 """Where ranks meet: cards of one machine."""
@@ -56,14 +58,16 @@ class Reduction:
             probe.bind((HOST, 0))
             return f"{HOST}:{probe.getsockname()[1]}"
 
-    def join(self, device: Device, address: str, epoch: int) -> None:
-        """Leave the group there was, if any, and form another.
+    def join(self, device: Device, address: str, epoch: int, links: Sequence[Link]) -> None:
+        """Leave the group there was, if any, and form another with those behind ``links``.
 
         Raises:
-            TransportTimeout: a rank did not come.
+            TransportTimeout: a rank did not come, or is gone.
         """
         self.leave()
-        meeting = Rendezvous(address, self.rank, epoch, RANKS_S)
+        meeting = Rendezvous(
+            address, self.rank, epoch, RANKS_S, lambda: any(is_gone(link) for link in links)
+        )
         self._group = device.group(range(self.size), meeting)
 
     def leave(self) -> None:
@@ -127,11 +131,14 @@ class Ranks:
 
         Raises:
             RoleLost: the rank is gone, and the instance with it.
+            EdgeMismatch: it refuses what it was told, in its own words.
         """
         try:
-            link.receive(RANKS_S)
+            message = link.receive(RANKS_S)
         except (*GONE, CorruptFrame) as cause:
             raise RoleLost(f"{link.name} is gone, its instance begins anew: {cause}") from cause
+        if message.kind == Kind.REFUSED:
+            raise EdgeMismatch(str(message.said.get("why")))
 
     def run(self, stage: str, meta: BatchMeta, inputs: Mapping[str, Array]) -> None:
         """Have the other ranks run a stage of attention."""
@@ -164,7 +171,7 @@ class Ranks:
     def _meet(self) -> None:
         address, epoch = self._reduction.next_meeting()
         self._tell(Kind.MEET, 0, {"address": address, "epoch": epoch})
-        self._reduction.join(self._device, address, epoch)
+        self._reduction.join(self._device, address, epoch, self.links)
         self.is_whole = True
 
     def _tell(self, kind: Kind, seq: int, said: Mapping[str, object] | None = None,

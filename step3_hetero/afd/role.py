@@ -14,6 +14,7 @@ from step3_hetero.afd.emulated import over
 from step3_hetero.afd.follower import Follower
 from step3_hetero.afd.greeting import say_hello, take_agreed
 from step3_hetero.afd.launcher import START_S
+from step3_hetero.afd.leaving import check_copies
 from step3_hetero.afd.link import SEND_DEADLINE_S, Heart, Link
 from step3_hetero.afd.messages import Kind
 from step3_hetero.afd.ranks import LedStage, Ranks, Reduction
@@ -28,7 +29,14 @@ from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.program import KINDS, Program
 from step3_hetero.runtime.timeline import Timeline
-from step3_hetero.transport.base import CorruptFrame, FrameLimits, Listener, Transport
+from step3_hetero.specs import Limits
+from step3_hetero.transport.base import (
+    CopyFailed,
+    CorruptFrame,
+    FrameLimits,
+    Listener,
+    Transport,
+)
 
 FRONT_S = START_S
 """How long the front may take to come, and to ask for weights."""
@@ -54,7 +62,7 @@ class RoleProcessSettings:
     contract: Contract
     transport: Transport
     limits: FrameLimits
-    tokens: int
+    batch: Limits
     deadline_s: float
     a2f: Wire
     f2a: Wire
@@ -106,7 +114,12 @@ def stand(
 ) -> None:
     """Load, then serve one front after another, until the drain is asked for.
 
-    A front that says nothing for two deadlines is given up: the way to it may be cut.
+    A front that says nothing for two deadlines is given up: the way to it may be cut. So is one
+    for which a copy between host and device failed: it comes again, and asks again for what was
+    under way.
+
+    Raises:
+        DeviceLost: a device copies nothing any more.
     """
     doorman = Doorman(settings.label, settings.contract, listener)
     try:
@@ -121,8 +134,11 @@ def stand(
             clock = StageClock()
             try:
                 _one_of_many(settings, front, doorman, loaded, drain, traced, clock)
-            except (EdgeMismatch, RoleLost, TransportTimeout, CorruptFrame) as cause:
+            except (EdgeMismatch, RoleLost, TransportTimeout, CorruptFrame, CopyFailed) as cause:
                 tell(said=f"a front is served no longer: {cause}")
+                if isinstance(cause, CopyFailed):
+                    for device in {stage.device for stage in loaded[0].values()}:
+                        check_copies(device)
             for entry in clock.only(settings.name, KINDS, settings.label).to_wire():
                 tell(pace=entry)
         tell(state="leaving")
@@ -176,7 +192,7 @@ def _serve_front(
     if settings.reduction is not None:
         _follow(settings, front, doorman, loaded, service, greet)
         return
-    worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.tokens, timeline, clock)
+    worker = Worker(loaded[0], settings.a2f, settings.f2a, settings.batch.tokens, timeline, clock)
     worker.serve(front, doorman, greet, service.is_over)
 
 
@@ -191,7 +207,7 @@ def _follow(
     reduction = settings.reduction
     assert reduction is not None, "a rank that follows is one of several"
     leader = f"{settings.name}:{settings.number - reduction.rank}"
-    follower = Follower(*loaded, reduction, leader)
+    follower = Follower(*loaded, reduction, leader, settings.batch, settings.label)
     try:
         follower.serve(front, doorman, greet, service.is_over)
     finally:

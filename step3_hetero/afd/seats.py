@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,6 +12,7 @@ from typing import Any
 from step3_hetero.afd.launcher import START_S, Handle, Member, Reports
 from step3_hetero.afd.link import GONE as GONE
 from step3_hetero.afd.link import Link
+from step3_hetero.afd.messages import Kind, next_number
 
 SEEN_DEAD_S = 1.0
 """How long after its link broke a process may take to be seen dead before it is killed: its exit
@@ -27,6 +29,37 @@ class State(Enum):
     LEAVING = "leaving"
     BROKEN = "broken"
     """Its link is gone; its end is still to be seen."""
+
+
+class Told:
+    """What a role has been told since it is ready and may not have heard, in order, numbered."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[int, tuple[Any, ...]]] = deque()
+        self._last = 0
+        self._damaged_after = -1
+
+    def add(self, message: tuple[Any, ...]) -> int:
+        """Keep a message; return its number."""
+        self._last = next_number(self._last)
+        self._kept.append((self._last, message))
+        return self._last
+
+    def heard(self, batch: int) -> None:
+        """Forget a micro-batch that has been run, and what was told before it."""
+        if any(message[:2] == (Kind.BATCH, batch) for _, message in self._kept):
+            while self._kept.popleft()[1][:2] != (Kind.BATCH, batch):
+                pass
+
+    def after(self, number: int) -> list[tuple[int, tuple[Any, ...]]] | None:
+        """Return what has to be told again: what follows ``number``, behind which a frame came
+        damaged. None: for the second time."""
+        if number == self._damaged_after:
+            return None
+        self._damaged_after = number
+        numbers = [n for n, _ in self._kept]
+        first = numbers.index(number) + 1 if number in numbers else 0
+        return list(self._kept)[first:]
 
 
 @dataclass(eq=False)
@@ -48,6 +81,7 @@ class Seat:
     was_ready: bool = False
     """Since it was started."""
     said_it_leaves: bool = False
+    sent: Told = field(default_factory=Told)
 
     @property
     def instance(self) -> int | None:
@@ -62,6 +96,8 @@ class Seat:
     def moves(self, state: State) -> None:
         """Note a new state, and when it began."""
         self.state, self.since_s = state, time.monotonic()
+        if state is State.READY:
+            self.sent = Told()
         self.was_ready = self.was_ready or state is State.READY
 
     def starts(self, handle: Handle) -> None:
@@ -115,9 +151,21 @@ class Seat:
 
     def told(self, *message: Any) -> None:
         """Send; whoever waits for what comes of it sees the end of a seat that is gone."""
+        self._sends(self.sent.add(message), message)
+
+    def told_again(self, after: int) -> None:
+        """Send again what follows message ``after``: a frame behind it came damaged. The second
+        time the role is given up."""
+        messages = self.sent.after(after)
+        if messages is None:
+            self.breaks()
+        for number, message in messages or ():
+            self._sends(number, message)
+
+    def _sends(self, number: int, message: tuple[Any, ...]) -> None:
         if self.link is not None:
             try:
-                self.link.send(*message)
+                self.link.send(*message, epoch=number)
             except GONE:
                 self.breaks()
 

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from step3_hetero.afd.landing import NONE_LANDED, Landed
 from step3_hetero.afd.leaving import Leaving
 from step3_hetero.backend import Array, Device
+from step3_hetero.runtime.apart import CAST, WIRE_DTYPE
+from step3_hetero.specs import SCALED as SCALED
 from step3_hetero.specs import HostArray, TensorSpec
-
-NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
-"""The config's wire dtypes by NumPy's names; ``auto`` sends what there is."""
-
-SCALED = ("float8_e4m3fn", "int8")
-"""Dtypes that travel with one float32 scale for each token and 128 columns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wire:
     """How the activations of one edge travel. ``dtype`` is NumPy's name; empty: as they are.
 
-    Hidden states alone are cast; routing weights and ids are a thousandth of them.
+    Hidden states alone are cast. ``SCALED`` dtypes travel with one float32 scale for each token and
+    128 columns.
     """
 
     dtype: str = ""
@@ -29,7 +26,7 @@ class Wire:
     @classmethod
     def of(cls, said: str) -> Wire:
         """Return the wire of a config's ``a2f_dtype`` or ``f2a_dtype``."""
-        return cls(NAMES.get(said, ""))
+        return cls(WIRE_DTYPE[said])
 
     def to_host(
         self, device: Device, outputs: Mapping[str, Array], specs: Mapping[str, TensorSpec]
@@ -83,4 +80,4 @@ class Wire:
 
     def casts(self, name: str) -> bool:
         """Say whether a tensor of this name travels in ``dtype``."""
-        return bool(self.dtype) and name in ("u", "y")
+        return bool(self.dtype) and name in CAST

@@ -20,7 +20,7 @@ from step3_hetero.errors import EdgeMismatch, Step3HeteroError
 from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.timeline import SEND, TAKE, Timeline
-from step3_hetero.transport.base import CorruptFrame
+from step3_hetero.transport.base import CopyFailed, CorruptFrame
 
 Greet = Callable[[], Link | None]
 """Returns a peer that has agreed on the contract; None when there is none after all."""
@@ -75,6 +75,8 @@ class Called(ABC):
             return front.receive(1.0).kind != Kind.STOP
         except GONE:
             return False
+        except CorruptFrame:  # a sign of life; or the wish to stop: the front sees to our end, too
+            return True
 
     def _from_caller(self, link: Link) -> bool:
         """Take one message; say whether the caller is still there."""
@@ -136,6 +138,8 @@ class Worker(Called):
             if self._timeline is not None:
                 self._timeline.batch = int(number_of(message.said, "batch"))
             run = self._answer(message, start_s, call)
+        except CopyFailed:  # the call may be another's to answer; ours is to look at the device
+            raise
         except Step3HeteroError as error:
             link.send(Kind.FAILED, message.seq, {"why": str(error)[:MOST_WHY]})
             return

@@ -56,7 +56,7 @@ def command(config: str, here: bool, overrides: tuple[str, ...], as_json: bool) 
         print_json(report)
         return
     _print_roles(report)
-    _print_crossing(report, _apart(read))
+    _print_crossing(report)
     blocks = report["kv_blocks"]
     said = "1 block" if blocks == 1 else f"{blocks} blocks"
     click.echo(f"KV cache: {said} of 128 tokens in every layer")
@@ -143,25 +143,23 @@ def _instances(role: dict[str, Any]) -> str:
     return ", ".join([str(role["instances"]), *degrees])
 
 
-def _apart(config: Config) -> str:
-    """Say how roles that share a device are parted all the same; empty if they are not."""
-    if config.runtime.processes != "per-role" or len(config.roles) == 1:
-        return ""
-    return f"; roles are processes, and what they send each other goes by {config.transport.kind}"
-
-
-def _print_crossing(report: dict[str, Any], apart: str = "") -> None:
+def _print_crossing(report: dict[str, Any]) -> None:
+    over = report.get("transport")  # a plan's cards are devices
+    between = "devices" if over is None else "processes"
     if not report["crossing"]:
-        click.echo(f"no edge crosses between devices{apart}")
+        click.echo(f"no edge crosses between {between}")
         return
     rows = [
         (
-            c["kind"].upper(), c["source"], c["target"], c["edges"],
-            human_bytes(c["bytes_per_token"]), c["members"], human_bytes(c["sent_bytes_per_token"]),
+            c["kind"].upper(), c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]),
+            c["members"], human_bytes(c["sent_bytes_per_token"]), c["dtype"],
         )
         for c in report["crossing"]
     ]  # fmt: skip
-    header = ("edge", "from", "to", "edges", "bytes per token", "members", "sent per token")
-    print_table("edges between devices", header, rows)
+    header = (
+        "edge", "from", "to", "edges", "bytes per token", "members", "sent per token", "dtype"
+    )  # fmt: skip
+    how = "" if over is None else f", over {over}"
+    print_table(f"edges between {between}{how}", header, rows)
     for hop in dict.fromkeys(c["slowest_hop"] for c in report["crossing"] if c.get("slowest_hop")):
         click.echo(f"note: the slowest hop of these edges, as planned, is {hop}")

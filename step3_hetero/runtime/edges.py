@@ -6,13 +6,8 @@ from collections.abc import Iterator
 
 from step3_hetero.config import Config
 from step3_hetero.emulate.asked import links_from
-from step3_hetero.runtime.placing import DTYPE, KV_DTYPE, Placement, RolePlan
-
-WIRE_KEY = {"A2F": "a2f_dtype", "F2A": "f2a_dtype"}
-"""The key of ``transport`` that says in which dtype an edge of this kind travels."""
-
-NAMES = {**KV_DTYPE, **DTYPE}
-"""NumPy's names of the config's wire dtypes."""
+from step3_hetero.runtime.apart import WIRE_DTYPE, WIRE_KEY
+from step3_hetero.runtime.placing import Placement, RolePlan
 
 
 def check_edges(config: Config, placement: Placement) -> None:
@@ -32,7 +27,7 @@ def check_edges(config: Config, placement: Placement) -> None:
 
 
 def _ends(placement: Placement, kind: str) -> Iterator[RolePlan]:
-    """Yield the roles at either end of the edges of a kind that cross between devices."""
+    """Yield the roles at either end of the edges of a kind that cross."""
     seen = {
         placement.role_of[stage]: None
         for edge in placement.crossing()
@@ -44,8 +39,10 @@ def _ends(placement: Placement, kind: str) -> Iterator[RolePlan]:
 
 def _check_wire(config: Config, role: RolePlan, key: str, dtype: str) -> None:
     has = role.info.dtypes.wire
-    if NAMES[dtype] not in has:
-        allowed = ", ".join(said for said in ("fp32", "bf16", "fp8", "int8") if NAMES[said] in has)
+    if WIRE_DTYPE[dtype] not in has:
+        allowed = ", ".join(
+            said for said in ("fp32", "bf16", "fp8", "int8") if WIRE_DTYPE[said] in has
+        )
         raise config.error(
             f"transport.{key}",
             f"{dtype!r} with role {role.name!r} on {role.info.name}, which casts to none; "

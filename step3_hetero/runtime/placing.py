@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from step3_hetero.backend import Backend, DeviceInfo
 from step3_hetero.config import Config, stage_ranges
 from step3_hetero.emulate.asked import asked_card
 from step3_hetero.emulate.card import EmulatedCard
 from step3_hetero.errors import PlacementError, UnsupportedOp
-from step3_hetero.graph import Edge, GraphStage, Param, StageGraph
+from step3_hetero.graph import Edge, GraphStage, StageGraph
 from step3_hetero.graph.sharding import role_stages
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
+from step3_hetero.runtime.apart import Apart, token_bytes
 from step3_hetero.runtime.blocks import blocks_for
 from step3_hetero.runtime.heads import HeadsSplit, heads_split
-from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits, itemsize, weight_bytes
+from step3_hetero.runtime.held import Requantised, requantised, stage_bytes
+from step3_hetero.specs import LOGICAL_BLOCK, AttentionSpec, Limits
 
 DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64", "fp8": "float8_e4m3fn"}
 """NumPy's names for the config's dtypes."""
@@ -33,41 +32,6 @@ MOST_BLOCKS = (2**31 - 1) // LOGICAL_BLOCK
 
 KV_SHARE = 0.4
 """The part of the memory that weights leave which ``kv_blocks: auto`` may take."""
-
-
-METHODS = {
-    "int8": "codes with a float32 scale for each output row, made at load; "
-    "activations are quantised for each token"
-}
-
-BLOCK_FP8 = "block float8_e4m3fn"
-
-
-@dataclass(frozen=True, slots=True)
-class Requantised:
-    """What a role's backend makes of the checkpoint's weights at load: it holds them otherwise.
-
-    ``to`` is the format held: INT8 as asked, or the activations' dtype where a device stores no
-    FP8. ``weights`` counts the numbers in ``tensors`` of the checkpoint; ``nbytes`` are those held,
-    scales included.
-    """
-
-    stored: str
-    to: str
-    tensors: int
-    weights: int
-    nbytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what ``--json`` prints."""
-        return {
-            "stored": self.stored,
-            "to": self.to,
-            "tensors": self.tensors,
-            "weights": self.weights,
-            "bytes": self.nbytes,
-            "method": METHODS.get(self.to, "decoded and rounded at load"),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +81,24 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class Placement:
-    """Every stage's role, every role's device, and what has to cross between devices."""
+    """Every stage's role, every role's device, and what has to cross between them.
+
+    ``apart`` is None where all roles are in one process.
+    """
 
     graph: StageGraph
     roles: Mapping[str, RolePlan]
     role_of: Mapping[str, str]
     limits: Limits
     kv_blocks: int
+    apart: Apart | None = None
 
     def crossing(self) -> Iterator[Edge]:
-        """Yield the edges whose ends lie on different devices."""
+        """Yield the edges whose ends lie in different processes, or on different devices of one."""
         for edge in self.graph.edges:
-            ends = (self.roles[self.role_of[s]].device for s in (edge.source, edge.target))
-            if len(set(ends)) > 1:
+            roles = (self.roles[self.role_of[s]] for s in (edge.source, edge.target))
+            ends = {r.device if self.apart is None else r.name for r in roles}
+            if len(ends) > 1:
                 yield edge
 
     def to_json(self) -> dict[str, Any]:
@@ -157,12 +126,14 @@ class Placement:
                 }
                 for r in self.roles.values()
             ],
+            "transport": self.apart.transport if self.apart else None,
             "crossing": [
                 {
                     "kind": kind,
                     "source": source,
                     "target": target,
                     "edges": count,
+                    "dtype": self.edge_dtype(kind),
                     "bytes_per_token": nbytes,
                     "members": self.members_at(source, target),
                     "sent_bytes_per_token": nbytes * self.members_at(source, target),
@@ -190,11 +161,15 @@ class Placement:
         return max(1 if role.heads_split else role.sharers for role in ends)
 
     def edge_bytes(self, edge: Edge) -> int:
-        """Return the bytes of one token on an edge, as the activations' dtype has them."""
-        sizes = _dimensions(self.graph)
-        return sum(
-            int(np.prod([sizes[d] for d in t.dims[1:]])) * itemsize(t.dtype) for t in edge.tensors
-        )
+        """Return the bytes of one token on an edge, as it travels."""
+        wire = self.apart.wires.get(edge.kind, "") if self.apart else ""
+        return token_bytes(edge.tensors, _dimensions(self.graph), wire)
+
+    def edge_dtype(self, kind: str) -> str:
+        """Return the config's name of the dtype in which hidden states cross on a kind of edge."""
+        own = self.graph.by_name["head"].spec.dtype
+        dtype = (self.apart.wires.get(kind, "") if self.apart else "") or own
+        return next((said for said, name in DTYPE.items() if name == dtype), dtype)
 
 
 def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
@@ -216,7 +191,8 @@ def place(config: Config, model: ModelConfig, graph: StageGraph) -> Placement:
         seqs=config.runtime.max_batch,
         blocks_per_seq=blocks_for(model.text.max_positions),
     )
-    placement = Placement(graph, roles, role_of, limits, _kv_blocks(config, roles, limits))
+    blocks = _kv_blocks(config, roles, limits)
+    placement = Placement(graph, roles, role_of, limits, blocks, Apart.of(config))
     check_emulated_memory(config, placement)
     return placement
 
@@ -241,14 +217,14 @@ def _role_plan(
         role.options,
         weight_format,
         tuple(s.name for s in stages),
-        sum(_stage_bytes(s, weight_format) for s in stages),
+        sum(stage_bytes(s, weight_format) for s in stages),
         sum(_block_bytes(s) for s in stages),
-        _requantised(stages, model, info, weight_format),
+        requantised(stages, model, info, weight_format),
         card,
         role.instances,
         role.ep,
         role.tp,
-        heads_split(last, role.tp, sum(_stage_bytes(s, weight_format) for s in last)),
+        heads_split(last, role.tp, sum(stage_bytes(s, weight_format) for s in last)),
     )
     check_supported(config, plan, stages)
     return plan
@@ -345,42 +321,6 @@ def check_emulated_memory(config: Config, placement: Placement) -> None:
     """
     roles = {name: role for name, role in placement.roles.items() if role.emulated}
     check_memory(config, replace(placement, roles=roles))
-
-
-def _stage_bytes(stage: GraphStage, weight_format: str) -> int:
-    """Return the bytes of a stage's weights, scales included; the router is held in float32."""
-    total = 0
-    for param in stage.params:
-        follows = param.compressible and weight_format != "auto"
-        dtype = weight_format if follows else stage.spec.dtype
-        if param.name == "router" and param.spec is not None:
-            dtype = str(param.spec.parameters["out_dtype"])
-        total += weight_bytes(param.elements, _rows(param), dtype)
-    return total
-
-
-def _rows(param: Param) -> int:
-    """Return the output rows of a param's matrices: each has a scale of its own."""
-    return sum(math.prod(shape[:-1]) for shape in param.shapes.values())
-
-
-def _requantised(
-    stages: Sequence[GraphStage], model: ModelConfig, info: DeviceInfo, weight_format: str
-) -> Requantised | None:
-    """Return what is held in another format than the checkpoint's, beyond a change of dtype."""
-    params = [p for s in stages for p in s.params if p.compressible]
-    decoded = model.fp8_blocks and "float8_e4m3fn" not in info.dtypes.stored
-    if not params or not (weight_format == "int8" or decoded):
-        return None
-    held = stages[0].spec.dtype if weight_format == "auto" else weight_format
-    weights = sum(p.elements for p in params)
-    return Requantised(
-        BLOCK_FP8 if model.fp8_blocks else model.dtype,
-        held,
-        sum(len(p.tensors) for p in params),
-        weights,
-        weight_bytes(weights, sum(map(_rows, params)), held),
-    )
 
 
 def _block_bytes(stage: GraphStage) -> int:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from step3_hetero.errors import EdgeMismatch, RoleLost, TransportTimeout
 from step3_hetero.transport.base import FrameLimits
@@ -133,7 +134,14 @@ class Stream:
         return 0
 
 
-def is_gone(stream: Stream) -> bool:
+class Connected(Protocol):
+    """What has a connected socket's descriptor."""
+
+    def fileno(self) -> int:
+        """Return it; -1: closed."""
+
+
+def is_gone(stream: Connected) -> bool:
     """Say whether the peer has closed the connection, or this side has."""
     poll = select.poll()
     try:

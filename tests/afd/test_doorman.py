@@ -1,6 +1,7 @@
 """Who comes to a role's address: a refusal that passes, and what a role does without."""
 
 import threading
+import time
 import weakref
 
 import pytest
@@ -104,3 +105,16 @@ def test_callers_that_are_gone_are_not_kept(door):
         inside.close()
     del inside
     assert [link() is None for link in kept] == [True] * 4 + [False]
+
+
+def test_front_that_says_hello_while_a_role_ends_is_refused_for_now():
+    door = Door()
+    link = Link(door.transport.connect(door.listener.address, FRAME, 5), "f:0")
+    until = time.monotonic() + 10
+    while door.doorman._greeted._value == MOST_GREETED and time.monotonic() < until:
+        time.sleep(0.01)
+    door.close()
+    say_hello(link, CONTRACT, "the front")
+    with pytest.raises(RoleLost, match="f:0 is ending"):
+        link.wants(Kind.AGREED, 10)
+    link.close()

@@ -45,8 +45,11 @@ def test_same_sharding_gives_the_same_bits_whoever_calls_and_in_whatever_batch(u
     assert answers(count=8, **split(2, 4, 2, runtime__microbatches=3)) == undisturbed
 
 
-def test_an_edge_carries_what_check_says_to_and_from_every_member():
-    with load(DIGITS, **split(1, 2, 2, roles__f__backend="reference")) as engine:
+@pytest.mark.parametrize("wire", [("auto", "auto"), ("int8", "bf16")], ids="/".join)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_edge_carries_what_check_says_to_and_from_every_member(backend, wire):
+    keys = dict(zip(("transport__a2f_dtype", "transport__f2a_dtype"), wire, strict=True))
+    with load(DIGITS, **split(1, 2, 2, roles__f__backend=backend, **keys)) as engine:
         engine.generate([21, 22, 23], SamplingParams(max_tokens=6, ignore_eos=True))
         says = {c["kind"]: c for c in engine.placement.to_json()["crossing"]}
         sent = {key: d.sent_bytes for key, d in engine.executor.clock.entries.items()}

@@ -1,5 +1,6 @@
 """A rank that follows, and one that leads, told step by step: whom they obey, and when."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from step3_hetero.registry import get_backend
 from step3_hetero.runtime.clocks import StageClock
 from step3_hetero.runtime.executor import LoadedStage
 from step3_hetero.runtime.microbatch import Choice, MicroBatch
+from step3_hetero.specs import Limits
 from step3_hetero.transport.base import CorruptFrame
 
 GRAPH = build_graph(step3(), dtype="float32")
@@ -37,7 +39,7 @@ class Group(Reduction):
         super().__init__(1, 2)
         self.heard = []
 
-    def join(self, device, address, epoch):
+    def join(self, device, address, epoch, links):
         self.heard.append((address, epoch))
 
     def leave(self):
@@ -67,6 +69,11 @@ class Rank0:
     def __init__(self, name="a:0"):
         self.name = name
         self.messages = []
+        self.refused = []
+
+    def send(self, kind, seq=0, said=None, arrays=None):
+        assert kind == Kind.REFUSED
+        self.refused.append(said["why"])
 
     def receive(self, deadline_s):
         message = self.messages.pop(0)
@@ -85,7 +92,7 @@ def follower():
     stages = {n: LoadedStage(GRAPH.by_name[n], Noting(), device, "a") for n in STAGES}
     copied = SimpleNamespace(pairs=[], spec=SimpleNamespace(blocks=8))
     copied.copy_blocks = copied.pairs.extend
-    made = Follower(stages, [copied], Group(), "a:0")
+    made = Follower(stages, [copied], Group(), "a:0", Limits(4, 2, 3), "a:1")
     made.copied, made.stages, made.group = copied.pairs, stages, made._reduction
     return made
 
@@ -138,6 +145,7 @@ def test_what_a_lost_leader_had_under_way_is_forgotten_and_the_group_left(follow
         (Kind.CALL, {"stage": STAGES[1]}, {"y": rows()}),
         (Kind.CALL, {}, {"x": rows()}),
         (Kind.BATCH, {}, {"positions": META.positions}),
+        (Kind.BATCH, {}, {**meta_arrays(META), "slots": META.slots + 8 * 128}),
         (Kind.COPY, {"pairs": [[1]]}, {}),
         (Kind.COPY, {}, {}),
         (Kind.MEET, {"address": "127.0.0.1:9"}, {}),
@@ -152,6 +160,57 @@ def test_a_leader_that_says_what_cannot_be_is_let_go(follower, kind, said, array
     assert not tell(follower, link, kind, 1, said, arrays)
     assert not any(s.stage.given for s in follower.stages.values())
     assert follower.group.heard[-1] == "left"
+    (why,) = link.refused
+    assert why.startswith("a:1 refuses what a:0 says: ")
+
+
+INT = np.int32
+ONE, LONG = np.zeros((1, 1), INT), np.zeros((1, 4), INT)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "why"),
+    [
+        ("positions", META.positions.astype(np.float32), r"positions float32 .2,. refused"),
+        ("positions", META.positions[None], r"positions int32 .1, 2. refused; .* int32 .any."),
+        ("positions", META.positions - 1, "positions from -1 to -1 refused"),
+        ("positions", META.positions + 3 * 128, "positions from 384 .* from 0 to 383"),
+        ("slots", META.slots[:1], r"slots int32 .1,. refused; allowed: int32 .2."),
+        ("slots", META.slots - 2, "slots from -2 to -1 refused; allowed: from -1 to 1023"),
+        ("slots", META.slots + 1023, "slots from 1023 to 1024 refused"),
+        ("query_starts", np.array([0, 3], INT), "query_starts from 0 to 3 .* from 0 to 2"),
+        ("query_starts", np.array([0], INT), r"query_starts int32 .1,. refused; .*int32 .2."),
+        ("query_starts", np.array([1, 2], INT), "query_starts .1 2. refused"),
+        ("query_starts", np.array([0, -1], INT), "query_starts from -1"),
+        ("context_lens", np.array([129], INT), "context_lens from 129 to 129 .* from 0 to 128"),
+        ("context_lens", np.zeros((), INT), "context_lens int32 .. refused"),
+        ("block_tables", ONE + 8, "block_tables from 8 to 8 refused; allowed: from 0 to 7"),
+        ("block_tables", ONE - 1, "block_tables from -1 to -1"),
+        ("block_tables", np.zeros(1, INT), r"block_tables int32 .1,. refused; .*int32 .1, any."),
+        ("block_tables", LONG, "2 tokens of 1 sequences of 4 blocks refused; allowed: to 4, 2 and"),
+    ],
+)
+def test_where_tokens_are_said_to_stand_is_held_against_the_cache(follower, name, array, why):
+    link = met(follower)
+    good = meta_arrays(META)
+    assert tell(follower, link, Kind.BATCH, 1, arrays=good)
+    assert not tell(follower, link, Kind.BATCH, 2, arrays={**good, name: array})
+    (refused,) = link.refused
+    assert re.match(f"a:1 refuses what a:0 says: {why}", refused), refused
+
+
+def test_a_batch_that_falls_back_or_has_too_many_rows_or_sequences_is_refused(follower):
+    for lens, tokens, starts in (
+        ((1, 1), 2, (0, 2, 1)),
+        ((1,), 5, (0, 5)),
+        ((1,) * 3, 2, (0,) * 4),
+    ):
+        said = np.zeros(tokens, INT), np.zeros(tokens, INT), np.array(starts, INT)
+        tables = np.zeros((len(lens), 1), INT)
+        arrays = meta_arrays(BatchMeta(*said, np.array(lens, INT), tables))
+        assert not tell(follower, met(follower), Kind.BATCH, 1, arrays=arrays)
+    padded = BatchMeta(META.positions, META.slots - 1, np.zeros(1, INT), ONE[0, :0], ONE[:0])
+    assert tell(follower, met(follower), Kind.BATCH, 1, arrays=meta_arrays(padded))
 
 
 def test_nobody_but_its_rank_0_is_obeyed(follower):
@@ -283,6 +342,14 @@ def test_rank_0_ends_when_another_rank_is_gone(ranks, how):
     links["a:5"].messages = [Message(Kind.BEAT, 0, 0, {}, {}), how]
     leads.read(links["a:5"])
     with pytest.raises(RoleLost, match="a:5 is gone, its instance begins anew"):
+        leads.read(links["a:5"])
+
+
+def test_what_another_rank_refuses_is_told_in_its_words(ranks):
+    leads, _, links = ranks
+    leads.point({4: "x", 5: "y"})
+    links["a:5"].messages = [Message(Kind.REFUSED, 0, 0, {"why": "a:5 refuses what a:3 says"}, {})]
+    with pytest.raises(EdgeMismatch, match=r"^a:5 refuses what a:3 says$"):
         leads.read(links["a:5"])
 
 

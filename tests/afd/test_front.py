@@ -7,7 +7,8 @@ import pytest
 from afd.played import CONTRACT, RESULT, Stage, batch
 
 from step3_hetero.afd.launcher import Member, Reports, tell
-from step3_hetero.afd.messages import Kind
+from step3_hetero.afd.messages import MOST_EPOCH, Kind
+from step3_hetero.afd.seats import Told
 from step3_hetero.errors import EdgeMismatch, RoleLost
 from step3_hetero.transport.base import CorruptFrame
 
@@ -73,6 +74,58 @@ def test_a_damaged_frame_drops_the_role_and_its_work_is_done_again(front):
     stage.played[0].link.send(Kind.RESULT, ticket.number, *RESULT)
     assert executor.collect(10).result is None
     assert len(stage.played) == 2
+
+
+def test_what_a_role_heard_damaged_is_told_again_in_order_and_the_second_time_it_is_dropped(front):
+    stage = Stage()
+    executor = front(stage)
+    (role,) = stage.played
+    tickets = [executor.submit(batch()).number for _ in range(2)]
+    executor.copy_blocks([(0, 1)])
+
+    def told(count):
+        heard = []
+        while len(heard) < count:
+            message = role.link.receive(5)
+            if message.kind != Kind.BEAT:
+                heard.append((message.epoch, Kind(message.kind), message.seq))
+        return heard
+
+    peers, first, second, copy = told(4)
+    kinds = (Kind.PEERS, Kind.BATCH, Kind.BATCH, Kind.COPY)
+    assert (peers, first, second, copy) == tuple(
+        zip((1, 2, 3, 4), kinds, (0, *tickets, 0), strict=True)
+    )
+    role.link.send(Kind.AGAIN, said={"heard": 2})
+    executor._attend(5)
+    assert told(2) == [second, copy]
+    role.link.send(Kind.RESULT, tickets[0], *RESULT)
+    assert executor.collect(5).result is not None
+    role.link.send(Kind.AGAIN, said={"heard": 3})
+    executor._attend(5)
+    assert told(1) == [copy]
+    role.link.send(Kind.AGAIN, said={"heard": 3})
+    assert executor.collect(10).result is None
+    assert len(stage.played) == 2
+
+
+@pytest.mark.parametrize("heard", [-1, "x", None])
+def test_a_role_that_heard_nonsense_is_refused_by_name(front, heard):
+    stage = Stage()
+    executor = front(stage)
+    stage.played[0].link.send(Kind.AGAIN, said={"heard": heard})
+    with pytest.raises(EdgeMismatch, match=r"^a:0: heard: "):
+        executor._attend(5)
+
+
+def test_numbers_of_what_is_told_begin_again_where_a_frame_has_no_more():
+    told = Told()
+    told._last = MOST_EPOCH - 1
+    numbers = [told.add((Kind.BATCH, n)) for n in range(4)]
+    assert numbers == [MOST_EPOCH, 1, 2, 3]
+    assert [n for n, _ in told.after(MOST_EPOCH)] == [1, 2, 3]
+    told.heard(1)
+    assert [n for n, _ in told.after(0)] == [2, 3]
 
 
 def test_a_role_that_leaves_is_no_death(front):

@@ -16,8 +16,8 @@ from step3_hetero.graph import build_graph
 from step3_hetero.model.checkpoint import Checkpoint
 from step3_hetero.model.config import ModelConfig
 from step3_hetero.registry import get_backend
+from step3_hetero.runtime.held import stage_bytes
 from step3_hetero.runtime.loader import load_stages, open_cache, stage_weights
-from step3_hetero.runtime.placing import _stage_bytes
 from step3_hetero.specs import Limits
 
 BLOCKS = 3
@@ -43,7 +43,7 @@ def all_bytes(graph, weight_format="auto"):
     """Return what check counts of the whole model, norm scales left out, and of its caches."""
     norms = sum(2 * p.elements for s in graph.stages for p in s.params if p.spec is None)
     caches = sum(s.spec.cache(BLOCKS).nbytes for s in graph.stages if s.kind == "attention")
-    return sum(_stage_bytes(s, weight_format) for s in graph.stages) - norms + caches
+    return sum(stage_bytes(s, weight_format) for s in graph.stages) - norms + caches
 
 
 def loaded(target, graph, checkpoint, weight_format="auto"):

@@ -235,4 +235,4 @@ def test_close_waits_no_longer_than_frames_may_take_to_leave(ends_over):
             one.send(frame(seq, 1 << 20), 0.5)
     start = time.monotonic()
     one.close()
-    assert time.monotonic() - start < SEND_S / 2
+    assert time.monotonic() - start < 15.0 < SEND_S / 2
