@@ -255,15 +255,6 @@ def test_a_damaged_header_is_refused(write, refusal):
     assert "damaged or cut short" in refusal(path.parent)
 
 
-def test_a_header_that_names_a_tensor_twice_is_refused(write, refusal):
-    path = write() / "model.safetensors"
-    entry = b'"x":{"dtype":"%b","shape":[%d],"data_offsets":[0,4]}'
-    header = b"{%b,%b}" % (entry % (b"F32", 1), entry % (b"BF16", 2))
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    assert f"{path}: damaged or cut short" in (said := refusal(path.parent))
-    assert "'x' stands there twice" in said
-
-
 def test_a_tensor_in_two_files_is_refused(write, refusal, edit):
     folder = write(shards=2)
     files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
