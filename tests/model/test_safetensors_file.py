@@ -11,5 +11,5 @@ def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path):
     entry = b'"x":{"dtype":"%b","shape":[%d],"data_offsets":[0,4]}'
     header = b"{%b,%b}" % (entry % (b"F32", 1), entry % (b"BF16", 2))
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(CheckpointError, match="damaged or cut short .*'x' stands there twice"):
+    with pytest.raises(CheckpointError, match=r"damaged or cut short .*'x' stands there twice"):
         Shard(path)
