@@ -237,7 +237,7 @@ def read_attach(path: Path, config: Config) -> dict[str, list[str]]:
         found = {str(r): [str(a) for a in addresses] for r, addresses in where.items()}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file: is step3-hetero up running?") from None
-    except (OSError, ValueError, KeyError, TypeError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as cause:
         raise ConfigError(
             f"{path}: no file of step3-hetero up; give what `step3-hetero up --attach` wrote"
         ) from cause

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,9 +15,6 @@ from step3_hetero.cli.options import (
     print_table,
     set_option,
 )
-
-if TYPE_CHECKING:
-    from step3_hetero.config import Config
 
 EPILOG = """\b
 Examples:
@@ -151,8 +148,9 @@ def _print_crossing(report: dict[str, Any]) -> None:
         return
     rows = [
         (
-            c["kind"].upper(), c["source"], c["target"], c["edges"], human_bytes(c["bytes_per_token"]),
-            c["members"], human_bytes(c["sent_bytes_per_token"]), c["dtype"],
+            c["kind"].upper(), c["source"], c["target"], c["edges"],
+            human_bytes(c["bytes_per_token"]), c["members"],
+            human_bytes(c["sent_bytes_per_token"]), c["dtype"],
         )
         for c in report["crossing"]
     ]  # fmt: skip

@@ -75,6 +75,8 @@ class ChatTemplate:
             return cls(_sandbox().from_string(text), source)
         except jinja2.TemplateSyntaxError as cause:
             raise ConfigError(f"{source}: line {cause.lineno}: {cause.message}") from cause
+        except RecursionError as cause:
+            raise ConfigError(f"{source}: nested too deeply") from cause
 
     def render(self, **names: Any) -> str:
         """Fill in the template.

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from step3_hetero.errors import ConfigError, RequestError
-from step3_hetero.model.json_section import Section, is_integer
+from step3_hetero.model.json_section import Section, is_finite
 from step3_hetero.resample import resize_matrix
 
 Float32 = npt.NDArray[np.float32]
@@ -94,15 +94,11 @@ def _three(stated: Section, key: str, default: Channels, above: float) -> Channe
     value = stated.get(key)
     if value is None:
         return default
-    if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
+    if not isinstance(value, list) or len(value) != 3 or not all(map(is_finite, value)):
         raise stated.error(key, f"expected three numbers, found {value!r}")
-    if not all(above < x < math.inf for x in value):
+    if not all(above < x for x in value):
         raise stated.error(key, f"expected three numbers above {above:g}, found {value!r}")
     return float(value[0]), float(value[1]), float(value[2])
-
-
-def _is_number(value: object) -> bool:
-    return is_integer(value) or isinstance(value, float)
 
 
 def open_image(

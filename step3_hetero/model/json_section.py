@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Section:
         if default is not None and self.get(key) is None:
             return default
         value = self._required(key, "a number above 0")
-        if not (is_integer(value) or isinstance(value, float)) or not 0 < value < math.inf:
+        if not is_finite(value) or not value > 0:
             raise self.error(key, f"expected a number above 0, found {value!r}")
         return float(value)
 
@@ -112,6 +112,17 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_finite(value: object) -> bool:
+    """Tell numbers that a float can hold from everything else: JSON's whole numbers have no end.
+
+    >>> is_finite(1), is_finite(-0.5), is_finite(10**400), is_finite(float("nan")), is_finite(True)
+    (True, True, False, False, False)
+    """
+    if isinstance(value, float) or is_integer(value):
+        return abs(value) <= sys.float_info.max  # type: ignore[arg-type]  # a number by now
+    return False
+
+
 def key_lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield every key of well-formed JSON, with those above it, and the line it stands on.
 
@@ -120,10 +131,13 @@ def key_lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
     """
     above: list[str] = []
     key = ""
+    line, counted = 1, 0
     for token in _TOKEN.finditer(text):
         if token["key"]:
             key = json.loads(token["key"], strict=False)
-            yield (*above[1:], key), text.count("\n", 0, token.start()) + 1
+            line += text.count("\n", counted, token.start())
+            counted = token.start()
+            yield (*above[1:], key), line
         elif token["open"]:
             above.append(key)
         elif token["close"]:

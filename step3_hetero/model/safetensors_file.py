@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from step3_hetero.errors import CheckpointError
+from step3_hetero.model.json_file import no_duplicates
 from step3_hetero.specs import HostArray
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -82,7 +83,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
             pass
         with path.open("rb") as file:
             start = _PREFIX + int.from_bytes(file.read(_PREFIX), "little")
-            header = json.loads(file.read(start - _PREFIX))
+            header = json.loads(file.read(start - _PREFIX), object_pairs_hook=no_duplicates)
     except OSError as cause:
         raise CheckpointError(f"{path}: cannot be read: {cause}") from cause
     except (SafetensorError, ValueError) as cause:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 from step3_hetero.errors import CheckpointError
+from step3_hetero.model.json_file import no_duplicates
 from step3_hetero.model.layout import canonical
 from step3_hetero.model.safetensors_file import Entry, Shard
 from step3_hetero.specs import HostArray
@@ -68,7 +68,7 @@ def listed(items: Iterable[str]) -> str:
 def _read_index(path: Path) -> dict[str, str]:
     """Return the index's weight_map: tensor name to file name."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as cause:
         raise CheckpointError(f"{path}:{cause.lineno}: not JSON: {cause.msg}") from cause
     except (OSError, ValueError, RecursionError) as cause:
@@ -79,14 +79,6 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, file in names.items():
         _check_file_name(path, tensor, file)
     return names
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
-    return found
 
 
 def _check_file_name(index: Path, tensor: str, file: object) -> None:

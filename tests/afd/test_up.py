@@ -138,6 +138,7 @@ def test_a_role_that_cannot_start_fails_the_start(command, write_config, tmp_pat
     [
         (None, "no such file: is step3-hetero up running"),
         ("{", "no file of step3-hetero up"),
+        pytest.param("[" * 100_000, "no file of step3-hetero up", id="deep"),
         ('{"version": 2, "transport": "shm", "roles": {}}', "version 2 refused; expected 1"),
         ('{"version": 1, "transport": "tcp", "roles": {"a": ["x"], "f": ["y"]}}',
          "over tcp stand, the config has {'a': 1, 'f': 1} over shm"),

@@ -8,6 +8,7 @@ import pytest
 
 from step3_hetero.errors import ConfigError
 from step3_hetero.model.config import FAMILIES, ModelConfig, step3
+from step3_hetero.model.json_section import key_lines
 from step3_hetero.model.layout import canonical, is_fp8_linear, parameter_count, tensor_shapes
 
 TEXT = {
@@ -357,3 +358,34 @@ def test_both_spellings_of_a_name_are_one():
     }
     assert {name: canonical(name) for name in pairs} == pairs
     assert all(canonical(name) == name for name in tensor_shapes(step3()))
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+def test_a_whole_number_that_no_float_holds_is_refused(read, key):
+    with pytest.raises(ConfigError, match=rf"config.json:\d+: .*{key}: expected a number above 0"):
+        read(TEXT, **{key: 10**400})
+
+
+def test_a_key_that_stands_twice_is_refused_by_name(tmp_path):
+    text = json.dumps(TEXT)
+    (tmp_path / "config.json").write_text(text[:-1] + ', "hidden_size": 96}')
+    with pytest.raises(ConfigError, match=r"config.json: .*'hidden_size' stands there twice"):
+        ModelConfig.read(tmp_path)
+
+
+def test_the_line_of_a_key_is_found_in_one_pass_over_a_large_file():
+    keys = 40_000
+    text = "{" + ",\n".join(f'"k{n}": 1' for n in range(keys)) + "}"
+    counted = _Counted(text)
+    assert dict(key_lines(counted))[(f"k{keys - 1}",)] == keys
+    assert counted.characters <= len(text)
+
+
+class _Counted(str):
+    """Text that knows over how many characters lines were counted."""
+
+    characters = 0
+
+    def count(self, sub, start=0, end=None):
+        self.characters += (len(self) if end is None else end) - start
+        return super().count(sub, start, end)

@@ -372,6 +372,10 @@ def test_a_file_silent_on_the_size_leaves_the_vision_configs(tmp_path):
         ("image_mean", [0.5, 0.5, "a"]),
         ("image_mean", [0.5, 0.5, float("nan")]),
         ("image_std", [1, 1, 0]),
+        pytest.param("max_ratio", 10**400, id="max_ratio-huge"),
+        ("image_mean", [10**400, 1, 1]),
+        ("image_mean", [-(10**400), 1, 1]),
+        ("image_std", [1, 10**400, 1]),
     ],
 )
 def test_a_wrong_value_is_refused_with_file_line_key_and_value(tmp_path, key, value):

@@ -256,6 +256,12 @@ def test_a_template_can_neither_reach_out_of_the_sandbox_nor_crash_the_caller(fo
         tokenizer.chat(QUESTION)
 
 
+@pytest.mark.parametrize("template", ["{" * 20_000, "{{" + "(" * 5_000 + "1" + ")" * 5_000 + "}}"])
+def test_a_template_nested_without_end_is_refused_by_its_source(folder, template):
+    with pytest.raises(ConfigError, match="chat_template: nested too deeply"):
+        Tokenizer.read(config(folder, chat_template=template))
+
+
 @pytest.mark.skipif(not (TINY / "tokenizer.json").exists(), reason="no tiny model in this checkout")
 def test_the_tiny_models_question_has_one_place_for_its_image():
     tokenizer = Tokenizer.read(TINY)
