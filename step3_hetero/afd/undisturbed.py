@@ -1,4 +1,4 @@
-"""A moment in which signals wait: what their handlers raise must not part a process from its owner."""
+"""A moment in which signals wait: what a handler raises must not part a process from its owner."""
 
 from __future__ import annotations
 
