@@ -204,6 +204,31 @@ def test_nobody_there_is_a_timeout(name):
         transport.connect(address, LIMITS, 0.2)
 
 
+def test_who_is_not_accepted_yet_is_told_when_the_listener_ends(name):
+    transport = get_transport(name)
+    listener = transport.listen("", LIMITS)
+    caller = transport.connect(listener.address, LIMITS, 5)
+    assert select.select([listener], [], [], 10)[0] == [listener]
+    listener.close()
+    with pytest.raises(RoleLost):
+        caller.receive(10)
+    caller.close()
+
+
+def test_a_caller_that_found_a_listener_of_this_process_as_it_ended_finds_nobody(monkeypatch):
+    transport = get_transport("inproc")
+    listener = transport.listen("", LIMITS)
+    come = listener.come
+
+    def late(channel):
+        listener.close()
+        come(channel)
+
+    monkeypatch.setattr(listener, "come", late)
+    with pytest.raises(TransportTimeout, match="nobody listens"):
+        transport.connect(listener.address, LIMITS, 5)
+
+
 def test_an_address_is_taken_once(name):
     transport = get_transport(name)
     listener = transport.listen("", LIMITS)
