@@ -23,10 +23,10 @@ def undisturbed() -> Iterator[None]:
     before = {number: h for number in HELD if callable(h := signal.getsignal(number))}
     try:
         for number in before:
-            signal.signal(number, lambda number, frame: came.append(number))
+            signal.signal(number, lambda heard, frame: came.append(heard))
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for heard in came:
+            signal.raise_signal(heard)
