@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import urllib.request
 
 import pytest
@@ -23,26 +22,18 @@ TOKENS = 4 * WINDOW_CALLS
 SET = {"transport__kind": "tcp", "roles__f__instances": 2, "roles__f__ep": 2}
 
 
-def free_ports(count):
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
-
-
 @pytest.fixture
 def front(command, write_config):
     """Start a set of two whose second member is slow by so much; return the front's config."""
 
     def start(slow):
-        hosts = [f"127.0.0.1:{port}" for port in free_ports(2)]
+        hosts = []
         for number, factor in enumerate((1, slow)):
             card = {"card": "h800", "memory": 0.01, "slow": factor}
             config = write_config(f"f{number}.yaml", **SET, roles__f__emulate=card)
-            one = command(
-                "role", config, "--name", "f", "--number", number, "--listen", hosts[number]
-            )
+            listen = ("--number", number, "--listen", "127.0.0.1:0")
+            one = command("role", config, "--name", "f", *listen)
+            hosts.append(one.says("listens at").split()[-1])
             one.says("is ready")
         return write_config("front.yaml", **SET, roles__f__hosts=hosts)
 

@@ -26,6 +26,7 @@ PROMPTS = [[21 + n, 22, 23] for n in range(4)]
 
 
 def free_port():
+    """Return a port for a role that others look for before it listens."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -41,11 +42,12 @@ def answers(config, disturb=None, **overrides):
 def role(command, write_config):
     """Start a role that stands; return it, its address and the front's config."""
 
-    def start(name="f", wait=True, listen=None, **keys):
+    def start(name="f", wait=True, **keys):
         config = write_config(f"{name}.yaml", transport__kind="tcp", **keys)
-        address = listen or f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{0 if wait else free_port()}"
         one = command("role", config, "--name", name, "--listen", address)
         if wait:
+            address = one.says("listens at").split()[-1]
             one.says("is ready")
         front = {"transport__kind": "tcp", f"roles__{name}__hosts": [address]}
         return one, address, write_config(f"front-{name}.yaml", **front)
