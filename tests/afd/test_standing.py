@@ -149,10 +149,9 @@ def test_sigterm_lets_what_is_under_way_be_answered(role, command, together):
 @pytest.mark.parametrize("name", ["a", "f"])
 def test_sigterm_ends_an_idle_role_with_code_0(role, name):
     one, _, _ = role(name)
-    start = time.monotonic()
     one.popen.send_signal(signal.SIGTERM)
     assert one.ends(20) == 0
-    assert time.monotonic() - start < 5
+    assert one.lines[-1].endswith("is ready"), "it had nothing to finish and nobody to leave"
 
 
 def test_sigterm_ends_a_role_that_loads_with_code_0(role):
