@@ -65,6 +65,7 @@ def load(
     checkpoint = Checkpoint.open(folder, model_config(read))
     resolved = resolve(read, checkpoint.config)
     runtime = resolved.config.runtime
+    prompter = open_prompter(resolved.model, folder)  # what is damaged is told before roles stand
     if runtime.processes == "per-role":
         executor = _process_executor(
             resolved, ablate, observer, on_stage, timeline, launcher, attach
@@ -81,7 +82,7 @@ def load(
     return Engine(
         resolved.model,
         executor,
-        open_prompter(resolved.model, folder),
+        prompter,
         resolved.placement,
         max_batch=runtime.max_batch,
         prefill_chunk=runtime.prefill_chunk,

@@ -48,9 +48,9 @@ class Drain:
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Nothing is under way here: importing, loading, waiting for a front."""
-        self.check()
         self._idle = True
         try:
+            self.check()  # a signal that comes from here on ends it by itself
             yield
         finally:
             self._idle = False

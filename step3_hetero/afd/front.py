@@ -15,6 +15,7 @@ from step3_hetero.afd.link import Heart, Link, Message, ready
 from step3_hetero.afd.loglines import OnLine
 from step3_hetero.afd.messages import Kind, batch_parcel, result_of, said_by, whole_of
 from step3_hetero.afd.seats import GONE, Seat, Seats, State
+from step3_hetero.afd.undisturbed import undisturbed
 from step3_hetero.errors import EdgeMismatch, RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.runtime.clocks import StageClock, sum_of
 from step3_hetero.runtime.executor import Executor
@@ -88,7 +89,7 @@ class ProcessExecutor(Executor):
         self._submitted = 0
         try:
             for seat in self._seats:
-                seat.starts(launcher.launch(seat.member))
+                self._start(seat)
             self._wait_until_ready()
         except BaseException:
             self.close()
@@ -145,6 +146,11 @@ class ProcessExecutor(Executor):
         """Return the name of the member that does an instance's work; a spare's after a loss."""
         seat = self._seats.at(role, instance)
         return None if seat is None else seat.member.name
+
+    def _start(self, seat: Seat) -> None:
+        """Fill a seat, undisturbed: a role that no seat has would be ended by nobody."""
+        with undisturbed():
+            seat.starts(self._launcher.launch(seat.member))
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_S
@@ -313,7 +319,7 @@ class ProcessExecutor(Executor):
         if (spare := self._seats.replaced(seat)) is not None:
             self._takes_place(spare)
         if seat.place is not None or seat.deaths <= MOST_DEATHS:
-            seat.starts(self._launcher.launch(seat.member))
+            self._start(seat)
 
     def _give_up_for_good(self, seat: Seat, how: str, handle: Handle, was_ready: bool) -> None:
         """Fail the requests for an instance that will not come back.

@@ -124,6 +124,7 @@ def run(
                     advance(len(results), len(chosen))
             except KeyboardInterrupt:
                 is_whole = False
+                results += pool.found(results)
                 pool.stop()
     if not is_whole:
         click.echo(f"interrupted after {len(results)} of {len(chosen)} cases", err=True)

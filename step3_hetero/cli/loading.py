@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,7 +50,7 @@ def load_engine(config: str, overrides: Sequence[str], **options: Any) -> Iterat
 
     read = Config.read(Path(config), list(overrides))
     loaded = 0
-    with sigterm_stops():
+    with sigterm_stops(), ExitStack() as stack:
         with progress("loading stages") as advance:
 
             def on_stage(name: str) -> None:
@@ -58,6 +58,5 @@ def load_engine(config: str, overrides: Sequence[str], **options: Any) -> Iterat
                 loaded += 1
                 advance(loaded)
 
-            engine = load(read, on_stage=on_stage, **options)
-        with engine:
-            yield engine
+            engine = stack.enter_context(load(read, on_stage=on_stage, **options))
+        yield engine

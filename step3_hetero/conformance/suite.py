@@ -129,6 +129,7 @@ class Workers:
         self._pool = pool
         self._target = target
         self._deadline_s = deadline_s
+        self._scheduled: list[tuple[AnyCase, Any]] = []
 
     def describe(self) -> DeviceInfo:
         """Return the device as it describes itself once opened.
@@ -159,12 +160,19 @@ class Workers:
             arguments = [self._target, trial.id, *more]
             return self._pool.schedule(function, args=arguments, timeout=self._deadline_s)
 
-        waiting = [(trial, schedule(trial)) for trial in chosen]
-        for trial, future in waiting:
+        self._scheduled = [(trial, schedule(trial)) for trial in chosen]
+        for trial, future in self._scheduled:
             result = self._outcome(future)
             while result == _died(TAINTED):  # the case was never begun
                 result = self._outcome(schedule(trial))
             yield result if isinstance(result, CaseResult) else _lost(trial, result)
+
+    def found(self, told: Iterable[CaseResult]) -> list[CaseResult]:
+        """Return the results that are there now beside those ``told``: after an interrupt."""
+        known = {result.id for result in told}
+        rest = [(t, future) for t, future in self._scheduled if t.id not in known]
+        ended = [self._outcome(future) for _, future in rest if future.done()]
+        return [result for result in ended if isinstance(result, CaseResult)]
 
     def stop(self) -> None:
         """End the processes without waiting for their cases."""

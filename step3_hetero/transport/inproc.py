@@ -96,11 +96,18 @@ class InprocListener(Listener):
         self.key = key
         self.waiting: deque[InprocChannel] = deque()
         self.changed = threading.Condition()
+        self.is_closed = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
 
     def come(self, channel: InprocChannel) -> None:
-        """Take in a caller."""
+        """Take in a caller.
+
+        Raises:
+            TransportTimeout: the listener was closed meanwhile.
+        """
         with self.changed:
+            if self.is_closed:
+                raise TransportTimeout(f"nobody listens at {self.address} in this process")
             self.waiting.append(channel)
             os.eventfd_write(self._bell, 1)
             self.changed.notify()
@@ -108,7 +115,8 @@ class InprocListener(Listener):
     def accept(self, deadline_s: float) -> Channel:
         """See Listener.accept."""
         with self.changed:
-            if not self.changed.wait_for(lambda: self.waiting, max(0.0, deadline_s)):
+            self.changed.wait_for(lambda: self.waiting or self.is_closed, max(0.0, deadline_s))
+            if self.is_closed or not self.waiting:
                 raise TransportTimeout(f"nobody came to {self.address} within {deadline_s:g} s")
             os.eventfd_read(self._bell)
             return self.waiting.popleft()
@@ -119,8 +127,15 @@ class InprocListener(Listener):
 
     def close(self) -> None:
         """See Listener.close."""
-        if LISTENERS.pop(self.address, None) is self:
+        with self.changed:
+            if self.is_closed:
+                return
+            self.is_closed = True
+            LISTENERS.pop(self.address, None)
             os.close(self._bell)
+            for channel in self.waiting:  # nobody will accept it
+                channel.close()
+            self.changed.notify_all()
 
 
 LISTENERS: dict[str, InprocListener] = {}

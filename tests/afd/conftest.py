@@ -89,10 +89,11 @@ class Standing:
         """Wait for a line that holds ``text``; return it."""
         until = time.monotonic() + deadline_s
         while time.monotonic() < until:
+            is_over = not any(thread.is_alive() for thread in self._threads)  # all has been read
             found = [line for line in [*self.lines, *self.out][after:] if text in line]
             if found:
                 return found[0]
-            assert self.popen.poll() is None or self._threads[0].is_alive(), self.lines
+            assert not is_over, self.lines
             time.sleep(0.05)
         raise AssertionError(f"no {text!r} within {deadline_s} s: {self.lines} {self.out}")
 

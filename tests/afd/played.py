@@ -52,8 +52,8 @@ class Played(Watched):
             self.link.send(Kind.READY)
 
     def end(self, *, at_once=False):
+        self.listener.close()  # nobody waits there any more
         self._thread.join(10)
-        self.listener.close()
         if self.link is not None:
             self.link.close()
         super().end()

@@ -1,6 +1,7 @@
 """The front against roles that a test plays: what comes together, what comes damaged or never."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -200,3 +201,22 @@ def test_a_descriptor_s_number_that_is_another_s_in_the_same_round_ends_nobody_e
     assert seat.deaths == 1 and seat.handle is stage.played[1]
     _until(lambda: seat.is_ready, executor)
     assert len(stage.played) == 2
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["first", "second"])
+def test_an_interrupt_while_a_role_is_started_waits_until_it_has_a_seat_and_ends_it(front, number):
+    class Interrupted(Stage):
+        def launch(self, member):
+            role = super().launch(member)
+            if len(self.played) == number:
+                signal.raise_signal(signal.SIGINT)
+                self.heard_later = True
+            return role
+
+    stage = Interrupted()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        front(stage, [Member("a", 0, True), Member("a", 1, True)], a=2)
+    assert stage.heard_later and len(stage.played) == number
+    assert not any(role._is_open for role in stage.played)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -6,8 +6,8 @@ import secrets
 import shutil
 import subprocess
 import sys
-import threading
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -150,16 +150,13 @@ def test_a_cut_and_healed_cable_costs_time_and_no_token(apart, ffn, tmp_path):
     script.write_text(TOKENS)
     within = ["ip", "netns", "exec", apart.a, sys.executable, str(script), str(ffn)]
 
-    def tokens(disturb):
+    def tokens(disturbance):
         front = subprocess.Popen(within, stdin=-1, stdout=-1, text=True)
         try:
             assert front.stdout.readline() == "twenty\n"
-            disturbing = threading.Thread(target=disturb)
-            disturbing.start()
-            time.sleep(0.5)  # it is cut before the next token is asked for
-            front.stdin.write("go on\n")
-            front.stdin.flush()
-            disturbing.join()
+            with disturbance():  # it is cut before the next token is asked for
+                front.stdin.write("go on\n")
+                front.stdin.flush()
             said, _ = front.communicate(timeout=200)
         finally:
             front.kill()
@@ -167,12 +164,14 @@ def test_a_cut_and_healed_cable_costs_time_and_no_token(apart, ffn, tmp_path):
         told, gap_s = said.splitlines()
         return told, float(gap_s)
 
-    def cut_and_heal():
+    @contextmanager
+    def cut():
         apart.cut()
+        yield
         time.sleep(6)  # three deadlines: both ends have given each other up
         apart.heal()
 
-    undisturbed, _ = tokens(lambda: None)
-    told, gap_s = tokens(cut_and_heal)
+    undisturbed, _ = tokens(nullcontext)
+    told, gap_s = tokens(cut)
     assert told == undisturbed
     assert gap_s > 3, "the cut was not felt"

@@ -148,16 +148,16 @@ def test_a_worker_that_is_stopped_is_seen_by_its_silence_and_keeps_no_thread(tra
     stopped = Stopped()
     remote = remote_at(transport, stopped, deadline_s=0.3)
     channel = stopped.listener.accept(30)
-    before, start = threading.active_count(), time.monotonic()
+    before, start = set(threading.enumerate()), time.monotonic()
     for seq in range(UNDERWAY):
         remote.call(seq, {}, {"u": np.zeros(NBYTES, np.uint8)})
     while not (lost := remote.lost()) and time.monotonic() < start + 30:
         assert ready(remote.links, 0.05) == []
     assert lost == [0]
     assert time.monotonic() - start < GIVE_UP_S
-    while threading.active_count() > before and time.monotonic() < start + 30:
-        time.sleep(0.05)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+        assert not thread.is_alive(), f"{thread.name} is left"
     channel.close()
     stopped.listener.close()
 

@@ -314,12 +314,13 @@ def test_pieces_cover_an_array_once():
 
 @pytest.mark.parametrize("kind", ["tcp", "shm"])
 def test_signs_of_life_go_on_while_kernels_come_before_the_first_piece(kind):
-    go = threading.Event()
+    begun, go = threading.Event(), threading.Event()
 
     class Slow(Leaving):
         is_pending = True
 
         def ready(self, nbytes):
+            begun.set()
             if nbytes > 0 and not go.wait(GIVE_UP_S):
                 raise CopyFailed("never")
 
@@ -334,10 +335,10 @@ def test_signs_of_life_go_on_while_kernels_come_before_the_first_piece(kind):
     sent["u"] = np.ones((ROWS, HIDDEN), np.float32)
     here.post(Kind.CALL, 1, {}, sent)
     try:
-        time.sleep(0.05)  # the outbox has begun
+        assert begun.wait(GIVE_UP_S), "the outbox does not begin"
         for _ in range(3):
             here.beat()
-            assert there.receive(1.0).kind == Kind.BEAT
+            assert there.receive(GIVE_UP_S).kind == Kind.BEAT
         go.set()
         assert there.receive(GIVE_UP_S).kind == Kind.CALL
     finally:

@@ -14,7 +14,7 @@ from afd.questions import under_way
 
 from step3_hetero import SamplingParams, load
 from step3_hetero.afd.front import MOST_DEATHS
-from step3_hetero.errors import ConfigError, RoleLost
+from step3_hetero.errors import CheckpointError, ConfigError, RoleLost
 from step3_hetero.runtime.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,3 +203,15 @@ def test_wire_in_bfloat16_answers_the_same_digits(together):
 def test_a_cut_that_cannot_be_made_is_refused_with_its_key(overrides, said):
     with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
         load(DIGITS, **overrides)
+
+
+def test_a_damaged_tokenizer_is_refused_before_a_role_is_started(tmp_path, monkeypatch):
+    def start(*_):
+        raise AssertionError("a role was started")
+
+    monkeypatch.setattr("step3_hetero.afd.launch.start", start)
+    values = yaml.safe_load(DIGITS.read_text())
+    folder = shutil.copytree((DIGITS.parent / values["model"]).resolve(), tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no tokenizer"):
+        load(DIGITS, model=str(folder), **APART)

@@ -1,7 +1,9 @@
 """``generate`` that is asked to end: its roles end, one line is said, a code tells by what."""
 
+import re
 import signal
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,19 @@ def ended(run, number):
 
 def generating(command, config, **options):
     run = command("generate", config, *ENDLESS, "--metrics-port", 0, **options)
-    run.says("metrics at")
-    time.sleep(0.5)  # in the midst of its tokens
+    page = run.says("metrics at").split()[-1]
+    until = time.monotonic() + 60
+    while tokens_seen(page) < 5:  # in the midst of its tokens
+        assert time.monotonic() < until
+        time.sleep(0.02)
     return run
+
+
+def tokens_seen(page):
+    with urllib.request.urlopen(page, timeout=30) as answer:
+        text = answer.read().decode()
+    found = re.search(r'stage_seconds_count\{.*stage="sample".*\} (\S+)', text)
+    return float(found[1]) if found else 0
 
 
 @EITHER

@@ -7,11 +7,17 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import CancelledError, Future
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jsonschema
 import pytest
 
+from step3_hetero.conformance.cases import trials
 from step3_hetero.conformance.certificate import Certificate, schema_text
+from step3_hetero.conformance.exam import CaseResult
+from step3_hetero.conformance.suite import Workers
 
 LITTLE = ("--only", "tokens=5,hidden=64", "--only", "rope tokens=9", "--only", "concat")
 SIZES = ("tokens=5,hidden=64", "tokens=5,inter=80", "tokens=5,n=64", "rope tokens=9",
@@ -23,14 +29,14 @@ def terms(*words):
 
 
 def test_a_crash_a_hang_and_an_exception_fail_their_own_case_and_no_other(command, tmp_path):
-    done = command("conformance", "run", "--backend", "bad", "--deadline", 8,
+    done = command("conformance", "run", "--backend", "bad", "--deadline", 15,
                    *terms(*SIZES), "--only", "!bfloat16", "--json", "bad.json",
                    "--junit", "bad.xml")  # fmt: skip
     assert done.returncode == 1, done.stderr
     found = {c["op"]: c for c in json.loads((tmp_path / "bad.json").read_text())["cases"]}
     assert (found["add"]["status"], found["swiglu"]["status"]) == ("crashed", "timeout")
     assert "SIGSEGV" in found["add"]["findings"][0]["message"]
-    assert "within 8 s" in found["swiglu"]["findings"][0]["message"]
+    assert "within 15 s" in found["swiglu"]["findings"][0]["message"]
     assert found["quick_gelu"]["findings"][0] == {
         "check": "runs", "message": "LostError: device lost: 700 at quick_gelu"
     }  # fmt: skip
@@ -71,6 +77,21 @@ def test_an_interrupt_keeps_what_was_found(bad_vendor, tmp_path):
     raw = json.loads((tmp_path / "c.json").read_text())
     assert raw["scope"] == "selected"
     assert {c["op"]: c["status"] for c in raw["cases"]}["rms_norm"] == "passed"
+
+
+def test_an_interrupt_keeps_what_is_found_behind_a_case_that_hangs():
+    first, second, third = list(trials().values())[:3]
+    result = CaseResult(second.id, second.op, second.dtype, "passed")
+    hangs, done, refused = Future(), Future(), Future()
+    hangs.result = Mock(side_effect=KeyboardInterrupt)
+    done.set_result(result)
+    refused.set_exception(CancelledError())
+    pool = SimpleNamespace(schedule=Mock(side_effect=[hangs, done, refused]))
+    workers = Workers(pool, None, 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        next(workers.examine([first, second, third]))
+    assert workers.found([]) == [result]
+    assert workers.found([result]) == []
 
 
 def test_a_known_gap_is_no_failure_until_it_passes(command, bad_vendor):

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -72,11 +73,13 @@ class FaultyProxy:
         self.frames: Counter[str] = Counter()
         self.nbytes: Counter[str] = Counter()
         self.connections = self.refused = self.flipped = 0
+        self._sent_bytes = 0  # there, on connections that are not spared
         self._target = split(target)
         self._spared = spared
         self._link = Link()
         self._stalled_until = 0.0
         self._flips: list[Flip] = []
+        self._orders: list[tuple[int, Callable[[], None]]] = []
         self._pairs: list[Pair] = []
         self._is_cut = False
         self._lock = threading.Lock()
@@ -114,6 +117,11 @@ class FaultyProxy:
         """Flip one byte in the payload of the next frame that has ``least_bytes`` of it."""
         with self._lock:
             self._flips.append(Flip(direction, least_bytes))
+
+    def when(self, nbytes: int, act: Callable[[], None]) -> None:
+        """Call ``act`` when so many more bytes have gone there, in the midst of a frame's way."""
+        with self._lock:
+            self._orders.append((self._sent_bytes + nbytes, act))
 
     def close(self) -> None:
         """Break everything and listen no more."""
@@ -163,6 +171,8 @@ class FaultyProxy:
 
     def _deliverer(self, pair: Pair, direction: str, sink: socket.socket):
         def deliver(data: bytes) -> None:
+            if direction == THERE and not pair.spared:
+                self._obey(len(data))
             while time.monotonic() < self._stalled_until and not (pair.spared or pair.broken):
                 time.sleep(PAUSE_S)
             with self._lock:
@@ -173,6 +183,14 @@ class FaultyProxy:
                 pair.close()
 
         return deliver
+
+    def _obey(self, nbytes: int) -> None:
+        with self._lock:
+            self._sent_bytes += nbytes
+            due = [order for order in self._orders if order[0] <= self._sent_bytes]
+            self._orders = [order for order in self._orders if order not in due]
+        for _, act in due:
+            act()
 
     def _pump(self, pair: Pair, direction: str, source: socket.socket, delay: Delay[bytes]) -> None:
         """Read greeting, then frames, and send each on its way."""

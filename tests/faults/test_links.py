@@ -1,6 +1,5 @@
 """What happens to the link between attention and FFN happens to no request."""
 
-import threading
 import time
 from pathlib import Path
 
@@ -21,6 +20,9 @@ APART = {
     "transport__kind": "tcp",
     "transport__deadline_s": 8.0,  # a busy machine is no fault
 }
+BUSY_BYTES = 20_000
+"""Once so many have gone to the FFN, stages' tensors cross the link, and more are to come."""
+
 STAGE_BYTES = 1500
 """A frame of a stage's tensors is larger than this, a sign of life far smaller."""
 
@@ -44,35 +46,29 @@ def undisturbed():
 
 
 def disturbed(monkeypatch, disturb):
-    """Return the answers of an engine whose only link is disturbed at work, and its proxy."""
+    """Return the answers of an engine whose only link is disturbed at work, and its proxy.
+
+    ``disturb`` is told the proxy before anything is asked, and gives it its orders.
+    """
     proxies = put_between(monkeypatch, "f")
     with load(DIGITS, **APART) as engine:
         proxy = proxies["f:0"]
-        trouble = threading.Thread(target=disturb, args=(proxy,))
-        trouble.start()
+        disturb(proxy)
         found = answers(engine)
-        trouble.join()
     for made in proxies.values():
         made.close()
     return found, proxy
 
 
-def when_busy(proxy):
-    """Wait until stages' tensors cross the link."""
-    until = time.monotonic() + 60
-    while proxy.nbytes[THERE] < 20_000:
-        assert time.monotonic() < until, "nothing crosses the link"
-        time.sleep(0.005)
-
-
 def test_a_link_that_is_cut_and_healed_changes_no_answer(monkeypatch, undisturbed):
-    def cut(proxy):
-        when_busy(proxy)
+    def cut_and_heal(proxy):
         proxy.cut()
         time.sleep(0.5)
         proxy.heal()
 
-    found, proxy = disturbed(monkeypatch, cut)
+    found, proxy = disturbed(
+        monkeypatch, lambda proxy: proxy.when(BUSY_BYTES, lambda: cut_and_heal(proxy))
+    )
     assert found == undisturbed
     assert proxy.connections >= 3  # the front's, the caller's, and the caller's again
 
@@ -88,10 +84,15 @@ def test_a_damaged_frame_is_sent_again(direction, monkeypatch, undisturbed):
 
 
 def test_a_stall_shorter_than_the_deadline_is_waited_out(monkeypatch, undisturbed):
-    def stall(proxy):
-        when_busy(proxy)
-        proxy.stall(0.8)
+    stalled = []
 
-    found, proxy = disturbed(monkeypatch, stall)
+    def stall(proxy):
+        proxy.stall(0.8)
+        stalled.append(proxy)
+
+    found, proxy = disturbed(
+        monkeypatch, lambda proxy: proxy.when(BUSY_BYTES, lambda: stall(proxy))
+    )
     assert found == undisturbed
+    assert stalled == [proxy]
     assert proxy.connections == 2

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -118,6 +119,22 @@ def test_a_slow_link_takes_its_latency_and_its_bytes(join, proxy):
     proxy.slow(Link())
     other.send(frame(3), 10)
     assert one.receive(10).seq == 3
+
+
+def test_an_order_is_obeyed_once_in_the_midst_of_the_frame_by_which_it_is_due(join, proxy):
+    one, other = join()
+    proxy.when(150_000, proxy.cut)
+    one.send(frame(1), 10)
+    assert other.receive(10).seq == 1
+    with suppress(*GONE):
+        one.send(frame(2), 10)
+    with pytest.raises(RoleLost):
+        other.receive(10)
+    proxy.heal()
+    one, other = join()
+    one.send(frame(3), 10)
+    one.send(frame(4), 10)
+    assert [other.receive(10).seq for _ in range(2)] == [3, 4]
 
 
 def test_spared_connections_live_through_everything(listener):

@@ -56,22 +56,30 @@ def test_a_request_in_time_is_not_late(checked):
 
 
 class Stuck(CheckingExecutor):
-    """Lands nothing until told to."""
+    """Lands nothing until told to; ``passes`` is what time does while it is waited for."""
 
     free = False
+    waited_s = None
+
+    def passes(self):
+        return
 
     def collect(self, deadline_s=None):
         if self.free:
             return super().collect(deadline_s)
-        time.sleep(min(deadline_s or 0, 0.2))
+        self.waited_s = deadline_s
+        self.passes()
         raise TransportTimeout("no micro-batch came back")
 
 
 def test_a_late_request_ends_though_its_micro_batch_does_not_land(checked):
     executor = Stuck(8)
     engine = checked(executor)
-    done = engine.generate([9] * 200, within(0.1))
+    number = engine.submit([9] * 200, within(30))
+    executor.passes = lambda: engine._deadlines.add(number, time.perf_counter())
+    (done,) = engine.run([number])
     assert (done.finish_reason, done.token_ids) == ("deadline", ())
+    assert 0 < executor.waited_s <= 30, "waited for longer than the request may take"
     assert engine.lanes.free_blocks == 6, "its blocks are being written to"
     executor.free = True
     engine.step()

@@ -1,6 +1,6 @@
 """Who is slow: beside peers at once, alone beside its own beginning; told once."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,11 +131,15 @@ def test_slow_member_whose_peer_tells_later_is_told_of_then(paces):
     assert told == [[], ["f:1"]]
 
 
-def test_clocks_are_added_up_once_a_while_and_rows_are_of_now():
+def test_clocks_are_added_up_once_a_while_and_rows_are_of_now(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(
+        "step3_hetero.runtime.paces.time", SimpleNamespace(monotonic=lambda: now_s[0])
+    )
     paces = Paces(window_calls=CALLS, look_s=0.2)
     count = counting(paces)
     assert count(("f:0", 0.01), ("f:1", 0.01)) == []
     assert count(("f:1", 0.05)) == []
     assert {r.member: r.calls for r in paces.rows()} == {"f:0": CALLS, "f:1": 2 * CALLS}
-    time.sleep(0.25)
+    now_s[0] = 0.25
     assert [member for member, _ in count(("f:0", 0.01))] == ["f:1"]

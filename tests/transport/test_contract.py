@@ -204,6 +204,31 @@ def test_nobody_there_is_a_timeout(name):
         transport.connect(address, LIMITS, 0.2)
 
 
+def test_who_is_not_accepted_yet_is_told_when_the_listener_ends(name):
+    transport = get_transport(name)
+    listener = transport.listen("", LIMITS)
+    caller = transport.connect(listener.address, LIMITS, 5)
+    assert select.select([listener], [], [], 10)[0] == [listener]
+    listener.close()
+    with pytest.raises(RoleLost):
+        caller.receive(10)
+    caller.close()
+
+
+def test_a_caller_that_found_a_listener_of_this_process_as_it_ended_finds_nobody(monkeypatch):
+    transport = get_transport("inproc")
+    listener = transport.listen("", LIMITS)
+    come = listener.come
+
+    def late(channel):
+        listener.close()
+        come(channel)
+
+    monkeypatch.setattr(listener, "come", late)
+    with pytest.raises(TransportTimeout, match="nobody listens"):
+        transport.connect(listener.address, LIMITS, 5)
+
+
 def test_an_address_is_taken_once(name):
     transport = get_transport(name)
     listener = transport.listen("", LIMITS)
@@ -244,9 +269,13 @@ def descriptors():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def shared_memory():
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
 @pytest.mark.parametrize("name", APART, indirect=True)
 def test_a_killed_process_is_lost_at_once_and_leaves_nothing(name):
-    before, names = descriptors(), set(Path("/dev/shm").iterdir())
+    before, names = descriptors(), shared_memory()
     transport = get_transport(name)
     listener = transport.listen("", LIMITS)
     spawn = multiprocessing.get_context("spawn")
@@ -266,8 +295,8 @@ def test_a_killed_process_is_lost_at_once_and_leaves_nothing(name):
     process.close()
     channel.close()
     listener.close()
-    deadline = time.monotonic() + 5
-    while descriptors() > before and time.monotonic() < deadline:
+    deadline = time.monotonic() + 20  # other tests' memory comes and goes, in their own processes
+    while (descriptors() > before + 1 or shared_memory() - names) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert descriptors() <= before + 1  # the resource tracker of multiprocessing
-    assert set(Path("/dev/shm").iterdir()) == names
+    assert shared_memory() <= names

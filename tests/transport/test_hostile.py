@@ -174,6 +174,9 @@ def test_peers_that_nobody_accepts_are_kept_to_a_number(name, monkeypatch):
     transport = get_transport(name)
     listener = transport.listen("", LIMITS)
     ours = [transport.connect(listener.address, LIMITS, 5) for _ in range(3)]
+    until = time.monotonic() + 10  # who connects has been greeted before it stands in the queue
+    while listener._queue.qsize() < 3 and time.monotonic() < until:
+        time.sleep(0.01)
     extra = None
     with suppress(EdgeMismatch, RoleLost):
         extra = transport.connect(listener.address, LIMITS, 5)
