@@ -164,4 +164,4 @@ def test_a_banned_token_is_not_sent_to_the_card():
         with NoHost():
             assert without(logits, 7).shape == logits.shape
             with pytest.raises(AssertionError, match="meets the host"):
-                torch.tensor([7], device="cuda")
+                torch.full((1,), 7).to(logits.device)
