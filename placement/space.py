@@ -210,9 +210,11 @@ def most_passed(sends: Vector, takes: Vector) -> Vector:
     left = takes.sum(axis=0)
     for send, take in zip(sends, takes, strict=True):
         left = left - take
-        part = np.clip((left + take - sent) / np.maximum(send + take, 1e-300), 0, 1)
-        both = np.minimum(sent + part * send, left + (1 - part) * take)
-        most, sent = np.maximum(most, both), sent + send
+        both = send + take
+        wanted = np.divide(left + take - sent, both, out=np.zeros_like(both), where=both > 0)
+        part = np.clip(wanted, 0, 1)
+        passed = np.minimum(sent + part * send, left + (1 - part) * take)
+        most, sent = np.maximum(most, passed), sent + send
     return most
 
 

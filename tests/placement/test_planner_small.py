@@ -16,6 +16,7 @@ from step3_hetero.placement.efficiency import Efficiency
 from step3_hetero.placement.network import NoWire
 from step3_hetero.placement.planner import best_split
 from step3_hetero.placement.pools import Pool
+from step3_hetero.placement.space import most_passed
 from step3_hetero.placement.workload import Part, Workload
 
 CASES = 200
@@ -373,3 +374,9 @@ def test_planner_equals_brute_force(seed):
 def test_random_instances_are_of_both_kinds():
     kinds = [best_split(instance(seed)).plan is not None for seed in range(1, CASES, 8)]
     assert any(kinds) and not all(kinds)
+
+
+def test_a_pool_that_does_nothing_at_a_pace_passes_nothing_on():
+    """One pool, two paces: x of it does attention, where 4e9 x = 2e9 (1 - x); then it does none."""
+    most = most_passed(np.array([[4e9, 0.0], [0.0, 0.0]]), np.array([[2e9, 0.0], [0.0, 1e9]]))
+    assert most == pytest.approx([4e9 / 3, 0])
