@@ -179,10 +179,11 @@ def _answer_zmq(core: int, address: str) -> None:
     import zmq
 
     _stay(core)
-    socket, back = zmq.Context.instance().socket(zmq.REP), os.urandom(BACK_BYTES)
-    socket.bind(address)
-    while len(socket.recv(copy=False)) > 1:
-        socket.send(back, copy=False)
+    context: Any = zmq.Context.instance()  # typed only where it is installed
+    end, back = context.socket(zmq.REP), os.urandom(BACK_BYTES)
+    end.bind(address)
+    while len(end.recv(copy=False)) > 1:
+        end.send(back, copy=False)
 
 
 @contextmanager
@@ -192,17 +193,18 @@ def pyzmq(address: str) -> Iterator[Trip]:
 
     process = SPAWN.Process(target=_answer_zmq, args=(THERE, address))
     process.start()
-    socket, out = zmq.Context.instance().socket(zmq.REQ), os.urandom(OUT_BYTES)
-    socket.connect(address)
+    context: Any = zmq.Context.instance()
+    end, out = context.socket(zmq.REQ), os.urandom(OUT_BYTES)
+    end.connect(address)
 
     def trip() -> None:
-        socket.send(out, copy=False)
-        assert len(socket.recv(copy=False)) == BACK_BYTES
+        end.send(out, copy=False)
+        assert len(end.recv(copy=False)) == BACK_BYTES
 
     yield trip
-    socket.send(b"x")
+    end.send(b"x")
     process.join()
-    socket.close()
+    end.close()
 
 
 def _answer_pipe(core: int, end: Connection) -> None:

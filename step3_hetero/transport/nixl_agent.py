@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
-from step3_hetero.errors import ConfigError, EdgeMismatch, RoleLost
+from step3_hetero.errors import ConfigError, EdgeMismatch, RoleLost, Step3HeteroError
 from step3_hetero.transport.base import Bytes
 
 PAUSE_US = 100_000
@@ -62,6 +62,15 @@ def _environment(devices: str | None) -> Iterator[None]:
             del os.environ[DEVICES]
 
 
+@contextmanager
+def _said(kind: type[Step3HeteroError], what: str) -> Iterator[None]:
+    """Have an error of NIXL's be one of ours that says what failed."""
+    try:
+        yield
+    except Exception as cause:  # NIXL's errors have no common class
+        raise kind(f"{what}: {cause}") from cause
+
+
 class Agent:
     """One channel's own agent, so that its peer can write this channel's memory and no other's.
 
@@ -80,7 +89,7 @@ class Agent:
         self._writes: set[int] = set()
         self._peer, self._theirs, self._size = "", 0, 0
         self._outbox = outbox
-        try:
+        with _said(ConfigError, f"NIXL has no memory of ours to offer over {PLUGIN}"):
             with _environment(devices):
                 self._agent: Any = nixl.nixlAgent(self._name, config)
                 options, _ = self._agent.getPluginParams(PLUGIN)
@@ -88,10 +97,6 @@ class Agent:
             self._inside, self._outside = self._described(inbox), self._described(outbox)
             for memory in (self._inside, self._outside):
                 self._agent.registerMem(memory, self._backends)
-        except Exception as cause:  # NIXL's errors have no common class
-            raise ConfigError(
-                f"NIXL has no memory of ours to offer over {PLUGIN}: {cause}"
-            ) from cause
 
     def metadata(self) -> bytes:
         """Return what the peer has to know to write the inbox, in NIXL's own form."""
@@ -109,17 +114,13 @@ class Agent:
             RoleLost: the peer cannot be reached.
         """
         with self._calling:
-            try:
+            with _said(EdgeMismatch, "the peer's NIXL metadata are refused"):
                 self._peer = self._agent.loadRemoteMD(metadata).decode()
-            except Exception as cause:  # NIXL's errors have no common class
-                raise EdgeMismatch(f"the peer's NIXL metadata are refused: {cause}") from cause
             if self._peer == self._name:
                 raise EdgeMismatch("the peer gave this side's own NIXL metadata")
             self._theirs, self._size = address, size
-            try:
+            with _said(RoleLost, "NIXL does not reach the peer"):
                 self._agent.makeConnection(self._peer, self._backends)
-            except Exception as cause:  # NIXL's errors have no common class
-                raise RoleLost(f"NIXL does not reach the peer: {cause}") from cause
 
     def write(self, source: int, target: int, nbytes: int) -> int:
         """Start to write bytes of the outbox into the peer's inbox; both places are from its start.
@@ -132,7 +133,7 @@ class Agent:
         with self._calling:
             self._check_open()
             here = self._outbox.ctypes.data + source
-            try:
+            with _said(RoleLost, "the peer's memory cannot be written"):
                 handle: int = self._agent.createXferReq(
                     nixl.NIXL_WRITE,
                     nixl.nixlXferDList(nixl.DRAM_SEG, [(here, nbytes, 0)]),
@@ -143,8 +144,6 @@ class Agent:
                 )
                 self._writes.add(handle)
                 self._agent.postXferReq(handle)
-            except Exception as cause:  # NIXL's errors have no common class
-                raise RoleLost(f"the peer's memory cannot be written: {cause}") from cause
             return handle
 
     def is_done(self, handle: int) -> bool:
@@ -155,12 +154,10 @@ class Agent:
         """
         with self._calling:
             self._check_open()
-            try:
+            with _said(RoleLost, "the peer's memory was not written"):
                 if self._agent.getXferStatus(handle) == self._nixl.NIXL_IN_PROG:
                     return False
                 self._agent.releaseXferReq(handle)
-            except Exception as cause:  # NIXL's errors have no common class
-                raise RoleLost(f"the peer's memory was not written: {cause}") from cause
             self._writes.discard(handle)
             return True
 

@@ -19,7 +19,7 @@ from step3_hetero.afd.link import SEND_DEADLINE_S
 from step3_hetero.afd.ranks import RANKS_S
 from step3_hetero.backend import Done, Event
 from step3_hetero.emulate.device import EmulatedDevice
-from step3_hetero.errors import RoleLost, TransportTimeout
+from step3_hetero.errors import RoleLost, Step3HeteroError, TransportTimeout
 from step3_hetero.registry import get_backend
 from step3_hetero.runtime.resolving import read_config
 from step3_hetero.transport.base import CopyFailed
@@ -67,7 +67,7 @@ class Standing(threading.Thread):
             local.serve_role(self._config, self._name, 0, "", self._tell, self.drain, stands=True)
         except SystemExit:
             pass
-        except Exception as error:
+        except Step3HeteroError as error:
             self.error = error
 
     def _tell(self, **facts):

@@ -263,7 +263,10 @@ def test_a_large_matrix_is_rounded_to_int8_in_strips(stored, device, rng):
 
 def test_slots_beyond_two_to_the_31_elements_are_reached(device, rng, monkeypatch):
     """A card of 80 GB holds such a cache; here its pages are taken where they are written."""
-    lazy = lambda shape, dtype, device: torch.from_numpy(np.zeros(shape, np.int8))  # noqa: E731  short
+
+    def lazy(shape, dtype, device):
+        return torch.from_numpy(np.zeros(shape, np.int8))
+
     monkeypatch.setattr(attention.torch, "zeros", lazy)
     far = 2**31 // (128 * 256) + 3
     positions, ends = np.arange(130, dtype=np.int32), np.array([0, 130], np.int32)
